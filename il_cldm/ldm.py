@@ -1,0 +1,354 @@
+"""Stage 2 of IL-CLDM: a 3D U-Net denoises PET latents, conditioned on the MRI (concatenated feature map) and the label (added to the time).
+
+Ou et al., IEEE JBHI 29(2):1221-1231, 2025. `ldm_loss` is the objective; `train_ldm` the loop around it; `sample_latents` the sampler.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import checkpoint, metrics, runtime, schedulers
+from common.cli import UserError, to_dict
+from common.ema import EMA
+from common.runlog import Means, RunLog, progress
+from il_cldm import aae, dataset, upstream
+from il_cldm.config import Config
+from il_cldm.model import build_denoiser
+from il_cldm.prepare import preparation
+
+ARCHITECTURE = (
+    "latent_dim", "unet_channels", "unet_mults", "unet_groups", "unet_res_blocks", "unet_attn_res", "image_size", "unet_dropout",
+    "time_dim", "num_classes", "label_dropout", "noiseSteps", "beta_start", "beta_end",
+)  # fmt: skip
+
+
+class DenoiserWithMri(nn.Module):
+    """Denoiser that computes the MRI feature map itself: training re-evaluates it each step, samplers cache it."""
+
+    def __init__(self, denoiser: nn.Module):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, z_t, mri, t, label):
+        return self.denoiser(z_t, self.denoiser.condition(mri), t, label)
+
+
+def noise_schedule(config) -> schedulers.Schedule:
+    return schedulers.make_schedule("linear", config.noiseSteps, config.beta_start, config.beta_end)
+
+
+def ldm_loss(model, schedule, z_0, mri, label, t, eps) -> torch.Tensor:
+    """Mean squared error of the predicted noise. z_0, eps: (B, C, d, h, w); mri: (B, 1, D, H, W); t, label: (B,) integers."""
+    z_t = schedulers.q_sample(schedule, z_0, t, eps)
+    return F.mse_loss(model(z_t, mri, t, label).float(), eps)
+
+
+def draw(config: Config, step: int, latent_shape: tuple[int, ...], rt: runtime.Runtime):
+    """Timesteps (uniform on 1 .. T-1: the original never visits 0), noise and label-dropout mask of a step: this rank's slices.
+
+    Every rank draws the whole global batch from the step's own generator, so N ranks see what one would.
+    """
+    g = runtime.generator(config.seed, "ldm", step)
+    t = torch.randint(1, config.noiseSteps, (config.batch_size,), generator=g)
+    eps = torch.randn((config.batch_size, *latent_shape), generator=g)
+    dropped = torch.rand(config.batch_size, generator=g) < config.label_dropout
+    return (runtime.local_slice(x, rt).to(rt.device) for x in (t, eps, dropped))
+
+
+# ---- training -----------------------------------------------------------------------------------------------------------
+
+
+def train_ldm(config: Config, rt: runtime.Runtime) -> None:
+    """Train stage 2 to RESULT/EXP/Unet.pth.tar (best EMA on validation); resumes RESULT/EXP/ldm/checkpoints/last.pt."""
+    # ---- data
+    lists = dataset.check_splits(config)
+    train, validation = lists["train"], lists["validation"]
+    labels = dataset.read_labels(config)
+    labels = {dataset.stem(name): dataset.label_of(labels, name, config) for name in train}
+    mri, pet = dataset.open_volumes(config)
+    shape = dataset.check_volumes(mri, train + validation, rt, "MRI")
+    dataset.check_pairs(mri, pet, validation)
+    autoencoder, aae_hash = aae.load_autoencoder(config, rt)
+    latents, stats = load_latents(config, train, shape, aae_hash)
+    latent_shape = tuple(next(iter(latents.values())).shape)
+    steps_per_epoch = math.ceil(len(train) / config.batch_size)
+    total = config.ldm_steps or config.epochs * steps_per_epoch
+    last_step = min(total, config.max_steps or total)
+
+    # ---- model
+    torch.manual_seed(config.seed)
+    layout = torch.channels_last_3d if config.channels_last else torch.contiguous_format
+    config.latent_dim = latent_shape[0]
+    denoiser = build_denoiser(config).to(rt.device, memory_format=layout)
+    if config.compile:
+        denoiser.compile()
+    schedule = noise_schedule(config)
+
+    # ---- optimizer and EMA
+    optimizer = torch.optim.AdamW(
+        denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **runtime.fused_optimizer_kwargs(rt.device)
+    )
+    ema = EMA(denoiser, config.ema_decay, config.ema_start)
+    scaler, means = rt.grad_scaler(), Means()
+
+    # ---- resume
+    folder = config.run_folder / "ldm"
+    last_path = folder / "checkpoints" / "last.pt"
+    if config.restart and rt.is_main:
+        last_path.unlink(missing_ok=True)
+    rt.barrier()
+    objects = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler, "means": means}
+    settings = aae.frozen_settings(config, "stage 2", train) | {"aae": aae_hash}
+    step, extra = checkpoint.resume_training(last_path, objects=objects, config=settings)
+    best, stale = extra.get("best", -math.inf), extra.get("stale", 0)
+    if step >= last_step:
+        rt.print(f"stage 2 is complete at step {step} ({config.unet_path}); more --epochs continue it, --restart begins anew")
+        return
+
+    def save_last():
+        if rt.is_main:
+            checkpoint.save_training(last_path, step=step, objects=objects, config=settings, extra={"best": best, "stale": stale})
+
+    def save_best(scores):
+        if rt.is_main:
+            save_denoiser(config.run_folder / "Unet.pth.tar", ema.module, config, stats, aae_hash, step, scores, shape)
+
+    # ---- loop
+    model = runtime.wrap_ddp(DenoiserWithMri(denoiser), rt, find_unused_parameters=True)  # the label table rests when no label is given
+    pairs = dataset.PairDataset(mri, latents, labels, train)
+    batches = runtime.training_batches(pairs, config.batch_size, step, config.seed, rt, config.num_workers)
+    validate_every = config.ldm_val_every * steps_per_epoch
+    fingerprint = {"train": train, "validation": validation, "shape": list(shape), "aae": aae_hash}
+    with (
+        RunLog(folder, to_dict(config), start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
+        runtime.StopRequest() as stop,
+        progress(last_step, step, "stage 2: latent diffusion", enabled=rt.is_main) as bar,
+    ):
+        while step < last_step:
+            for group in optimizer.param_groups:
+                group["lr"] = aae.learning_rate(config, step, total)
+            x, z_0, label = (v.to(rt.device, non_blocking=True) for v in next(batches))
+            t, eps, dropped = draw(config, step, latent_shape, rt)
+            if config.label_dropout > 0:  # Deviation (original code): labels are dropped, so sampling without one is a trained case
+                label = torch.where(dropped, config.num_classes, label)
+            optimizer.zero_grad(set_to_none=True)
+            for z_i, x_i, label_i, t_i, eps_i in zip(*(v.chunk(config.accumulate) for v in (z_0, x, label, t, eps)), strict=True):
+                with rt.autocast():
+                    loss = ldm_loss(model, schedule, z_i, x_i, label_i, t_i, eps_i)
+                scaler.scale(loss / config.accumulate).backward()
+                means.add({"loss": loss.detach()})
+            if config.clip_grad:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(denoiser.parameters(), config.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            ema.update(denoiser)
+            step += 1
+            bar.update()
+
+            if step % config.log_every == 0 or step == last_step:
+                values = {name: rt.mean(value).item() for name, value in means.pop().items()}
+                if not all(math.isfinite(v) for v in values.values()):
+                    raise UserError(f"stage 2 diverged at step {step}: {values}; lower --learning_rate or set --clip_grad 1 and resume")
+                log.log("train", step, epoch=step / steps_per_epoch, lr=aae.learning_rate(config, step - 1, total), **values)
+                bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()})
+            if step % validate_every == 0 or step == total:
+                scores = validate(ema.module, autoencoder, schedule, stats, mri, pet, validation, config, rt)
+                log.log("val", step, epoch=step / steps_per_epoch, **scores)
+                stale += 1
+                if scores["score"] > best:
+                    best, stale = scores["score"], 0
+                    save_best(scores)
+                save_last()
+                if config.patience and stale >= config.patience:
+                    rt.print(f"stage 2: no improvement in {stale} validations, stopped at step {step}")
+                    break
+            elif config.save_every and step % config.save_every == 0:
+                save_last()
+            if stop.agree(rt):
+                break
+        # ---- finish
+        save_last()
+        if not (config.run_folder / "Unet.pth.tar").exists():
+            save_best({})  # cut short by --max_steps before its first validation
+        rt.barrier()
+    if stop.requested:
+        rt.print(f"stage 2: stopped on request at step {step}; the same command continues")
+        raise SystemExit(stop.exit_status)
+
+
+def validate(denoiser, autoencoder, schedule, stats, mri, pet, names, config: Config, rt: runtime.Runtime) -> dict[str, float]:
+    """PSNR, SSIM and PSNR + 10·SSIM of one label-free sample per subject, each with its own fixed noise."""
+    rows = []
+    for name in rt.shard(names):
+        cond_map = condition(denoiser, mri.tensor(name)[None], rt)
+        z = sample_latents(denoiser, schedule, cond_map, None, [runtime.generator(config.seed, "validation", dataset.stem(name))],
+                           sampler=config.val_sampler, steps=config.val_steps, rt=rt)  # fmt: skip
+        x_hat = decode(autoencoder, z, stats, rt)[0, 0]
+        x = pet.tensor(name)[0]
+        rows.append((metrics.psnr(x_hat, x, data_range=1.0), metrics.ssim(x_hat, x, data_range=1.0)))
+    psnr, ssim = np.mean([row for part in rt.gather(rows) for row in part], axis=0)
+    return {"psnr": float(psnr), "ssim": float(ssim), "score": float(psnr + 10 * ssim)}
+
+
+# ---- latents and their scale --------------------------------------------------------------------------------------------
+
+
+def load_latents(config: Config, names: list[str], shape: tuple[int, ...], aae_hash: str) -> tuple[dict, dict]:
+    """Training latents by stem, normalised with the training set's mean and SD, and these statistics.
+
+    UserError if latents are missing, of another autoencoder, or of another grid than the MRI.
+    """
+    record_path = aae.latents_record(config)
+    record = json.loads(record_path.read_text()) if record_path.is_file() else {}
+    if "mean" not in record:
+        raise UserError(f"no training latents in {config.latent_Abeta}; encode them with `python il_cldm/main.py --enc`")
+    if record["aae"] != aae_hash:
+        raise UserError(f"latents in {config.latent_Abeta} come from another autoencoder than {config.aae_path}; run --enc --overwrite")
+    channels = len(record["mean"])
+    stats = {"mean": record["mean"], "std": record["std"]} if config.normalise_latents else {"mean": [0.0] * channels, "std": [1.0] * channels}
+    expected = (channels, *(s // aae.COMPRESSION for s in shape))
+    latents = {}
+    for name in names:
+        path = aae.latent_path(config, name)
+        if not path.is_file():
+            raise UserError(f"{dataset.stem(name)}: no latent {path}; run --enc again")
+        z = aae.load_latent(path)
+        if tuple(z.shape) != expected:
+            raise UserError(f"{dataset.stem(name)}: latent {path} has shape {tuple(z.shape)}, its MRI asks for {expected}; MRI and PET must lie on one grid")
+        latents[dataset.stem(name)] = normalise(z[None], stats)[0]
+    return latents, stats
+
+
+def _per_channel(values, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
+
+
+def normalise(z: torch.Tensor, stats: dict) -> torch.Tensor:
+    """(B, C, ...) latents to zero mean and unit variance over the training set."""
+    return (z - _per_channel(stats["mean"], z)) / _per_channel(stats["std"], z).clamp_min(1e-8)
+
+
+def denormalise(z: torch.Tensor, stats: dict) -> torch.Tensor:
+    """Inverse of `normalise`."""
+    return z * _per_channel(stats["std"], z).clamp_min(1e-8) + _per_channel(stats["mean"], z)
+
+
+# ---- sampling -----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def condition(denoiser, mri: torch.Tensor, rt: runtime.Runtime) -> torch.Tensor:
+    """MRI (B, 1, D, H, W) to the feature map that every denoising step reuses."""
+    with rt.autocast():
+        return denoiser.condition(mri.to(rt.device)).float()
+
+
+@torch.inference_mode()
+def decode(autoencoder, z: torch.Tensor, stats: dict, rt: runtime.Runtime) -> torch.Tensor:
+    """Normalised latents (B, C, d, h, w) to PET (B, 1, D, H, W) in [0, 1] on the CPU."""
+    with rt.autocast():
+        x = autoencoder.decode(denormalise(z, stats))
+    return x.float().clamp(0, 1).cpu()
+
+
+@torch.inference_mode()
+def sample_latents(
+    denoiser,
+    schedule: schedulers.Schedule,
+    cond_map: torch.Tensor,
+    label: int | None,
+    generators: list[torch.Generator],
+    *,
+    sampler: str,
+    steps: int,
+    guidance: float = 1.0,
+    eta: float = 0.0,
+    rt: runtime.Runtime,
+    callback: Callable | None = None,
+) -> torch.Tensor:
+    """One normalised latent per generator, (len(generators), C, d, h, w).
+
+    cond_map: (1, 1, d, h, w) from `condition`. label None: the null class where the denoiser has one, else no label vector.
+    steps: denoiser calls; 0 means all of T-1 .. 1. With "ddpm" the published rule: beta variance, no noise after i = 1.
+    """
+    B, T = len(generators), schedule.T
+    latent_shape = (denoiser.conv_out.out_channels, *cond_map.shape[2:])
+    cond_map = cond_map.expand(B, -1, -1, -1, -1)
+
+    def denoise_with(class_index: int | None):
+        index = denoiser.null_label if class_index is None else class_index
+        labels = None if index is None else torch.full((B,), index, device=rt.device)
+
+        def denoise(z_t, t):
+            with rt.autocast():
+                return denoiser(z_t, cond_map, t, labels).float()
+
+        return denoise
+
+    denoise = denoise_with(label)
+    if label is not None and guidance != 1.0:
+        denoise = schedulers.guided(denoise, denoise_with(None), guidance)
+    timesteps = list(range(T - 1, 0, -1)) if not steps or steps >= T - 1 else [round(float(t)) for t in np.linspace(T - 1, 1, steps)]
+    # Each sample draws from its own generator: independent of batch and order.
+    z_T = schedulers.draw_noise(generators, (B, *latent_shape), rt.device)
+    if sampler == "ddpm":
+        return schedulers.ddpm_sample(denoise, z_T, schedule, timesteps, variance="large", final="first", noise=generators, callback=callback)
+    if sampler == "ddim":
+        return schedulers.ddim_sample(denoise, z_T, schedule, timesteps, eta=eta, noise=generators, callback=callback)
+    return schedulers.dpmpp_2m_sample(denoise, z_T, schedule, timesteps, callback=callback)
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------
+
+
+def save_denoiser(path: Path, denoiser, config: Config, stats: dict, aae_hash: str, step: int, scores: dict, shape) -> None:
+    state = denoiser.state_dict()
+    architecture = {name: getattr(config, name) for name in ARCHITECTURE}
+    checkpoint.save(path, {"network": "il_cldm denoiser", "state_dict": state, "config": architecture, "latents": stats, "aae": aae_hash,
+                           "step": step, "scores": scores, "shape": list(shape), "preparation": preparation(config), "hash": checkpoint.weights_hash(state)})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A denoiser in eval mode with what sampling from it needs."""
+
+    denoiser: nn.Module
+    schedule: schedulers.Schedule
+    stats: dict  # mean and std of the training latents, per channel
+    hash: str
+    num_classes: int
+    preparation: dict | None  # grid and MRI scaling of the training data; None for the original's files
+
+
+def load_denoiser(config: Config, rt: runtime.Runtime, aae_hash: str) -> Trained:
+    """The trained (EMA) denoiser; reads our files and the original's Unet.pth.tar, which has unnormalised latents."""
+    path = config.unet_path
+    if not path.is_file():
+        raise UserError(f"no denoiser at {path}; train it with `python il_cldm/main.py --train_ldm` or name one with --checkpoint_unet")
+    saved = checkpoint.load(path, trust_pickle=config.trust_pickle)
+    if saved.get("network") == "il_cldm denoiser":
+        if saved["aae"] != aae_hash:
+            raise UserError(f"{path} was trained on latents of autoencoder {saved['aae']}, but {config.aae_path} is {aae_hash}; give the matching pair")
+        settings = SimpleNamespace(checkpointing=False, **saved["config"])
+        denoiser, stats, num_classes = build_denoiser(settings), saved["latents"], settings.num_classes
+        denoiser.load_state_dict(saved["state_dict"])
+    else:
+        kind, denoiser = upstream.from_checkpoint(saved, path)
+        if kind != "UNet":
+            raise UserError(f"{path} holds a {kind}, not a denoiser; give --checkpoint_unet the Unet.pth.tar file")
+        settings, channels = SimpleNamespace(noiseSteps=1000, beta_start=1e-4, beta_end=0.02), denoiser.conv_out.out_channels
+        stats = {"mean": [0.0] * channels, "std": [1.0] * channels}
+        num_classes = denoiser.projector.label.num_embeddings
+    denoiser = denoiser.to(rt.device).eval().requires_grad_(False)
+    return Trained(denoiser, noise_schedule(settings), stats, checkpoint.weights_hash(denoiser.state_dict()), num_classes, saved.get("preparation"))
