@@ -77,12 +77,14 @@ class VolumeCache:
         with _lock:
             try:
                 while True:
-                    env = _open.get(self.folder) or self._open_environment()
+                    env = _open.get(self.folder)
                     try:
+                        env = env or self._open_environment()
                         with env.begin(write=write, buffers=True) as txn:
                             return work(txn)
-                    except lmdb.MapResizedError:  # another process enlarged it
-                        env.set_mapsize(0)
+                    except lmdb.MapResizedError:  # another process enlarged it, perhaps while this one was opening it
+                        if env:
+                            env.set_mapsize(0)
                     except lmdb.MapFullError:
                         env.reader_check()  # readers that were killed keep old pages from being used again
                         env.set_mapsize(env.info()["map_size"] * 2)

@@ -49,13 +49,14 @@ class Volume:
 # ---- reading
 
 
-def load(path, *, allow_nonfinite=False) -> Volume:
+def load(path, *, allow_nonfinite=False, series=False) -> Volume:
     """Read a .nii or .nii.gz volume in RAS+ order: data (D, H, W) float32, writable and contiguous.
 
-    Trailing axes of length 1 are dropped. UserError names the file if it is missing, truncated, corrupt, misnamed,
-    not 3D, empty, without a usable affine, or (unless `allow_nonfinite`) holds NaN or Inf.
+    Trailing axes of length 1 are dropped. With `series` a 4D file of N volumes (frames, channels) gives (N, D, H, W),
+    also for N = 1. UserError names the file if it is missing, truncated, corrupt, misnamed, not 3D (or 4D), empty,
+    without a usable affine, or (unless `allow_nonfinite`) holds NaN or Inf.
     """
-    data, affine = _read(Path(path))
+    data, affine = _read(Path(path), series)
     with np.errstate(over="ignore"):  # beyond float32 becomes Inf, which is refused below
         data = np.array(data, dtype=np.float32, order="C")
     if not allow_nonfinite and not np.isfinite(data).all():
@@ -105,8 +106,8 @@ def _bytes(path, count=-1):
         raise UserError(f"file cannot be read ({error.strerror}), {path}, check it") from error
 
 
-def _parse(raw, path):
-    """nibabel header, 3D shape and affine as stored (before reorientation)."""
+def _parse(raw, path, series=False):
+    """nibabel header, shape (3D, or 4D of a series) and affine as stored (before reorientation)."""
     try:
         size = int.from_bytes(raw[:4], "little")
         nifti2 = 540 in (size, int.from_bytes(raw[:4], "big"))
@@ -120,9 +121,9 @@ def _parse(raw, path):
         hdr.get_slope_inter()
     except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError) as error:
         raise UserError(f"not a usable NIfTI header ({error}), {path}, convert or fetch the file again") from error
-    if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+    if len(shape) < 3 or any(n != 1 for n in shape[4 if series else 3 :]):
         raise UserError(f"not a 3D volume but {' x '.join(map(str, shape))}, {path}, save one 3D volume per file")
-    if min(shape[:3]) < 1:
+    if min(shape) < 1:
         raise UserError(f"volume has no voxels ({' x '.join(map(str, shape))}), {path}, fetch it again")
     _check_affine(affine, path)
     sform_code, qform_code = int(hdr["sform_code"]), int(hdr["qform_code"])
@@ -134,13 +135,13 @@ def _parse(raw, path):
                 _warn_once("forms", f"{path}: sform and qform disagree; sform is used")
         except ValueError:  # the qform is broken, but it is not needed
             pass
-    return hdr, shape[:3], affine
+    return hdr, shape[: 4 if series else 3], affine
 
 
-def _read(path):
+def _read(path, series=False):
     """Scaled voxels in RAS+ order, possibly a view in any dtype, and affine."""
     raw = _bytes(path)
-    hdr, shape, affine = _parse(raw, path)
+    hdr, shape, affine = _parse(raw, path, series)
     dtype, count, offset = hdr.get_data_dtype(), int(np.prod(shape)), max(hdr.get_data_offset(), len(hdr.binaryblock))
     if dtype.kind not in "iuf":
         raise UserError(f"voxels are {dtype}, not real numbers, {path}, save one real channel per file")
@@ -151,8 +152,9 @@ def _read(path):
     slope, inter = hdr.get_slope_inter()
     if slope is not None and (slope, inter) != (1.0, 0.0):
         data = data.astype(np.float64) * slope + inter
-    ornt, _, affine = _orient(shape, affine, "RAS")
-    return apply_orientation(data, ornt), affine
+    ornt, _, affine = _orient(shape[:3], affine, "RAS")
+    data = apply_orientation(data, ornt)  # turns the first three axes
+    return np.moveaxis(data, 3, 0) if data.ndim == 4 else data, affine
 
 
 def _check_affine(affine, where):
@@ -171,7 +173,7 @@ def _warn_once(kind, message):
 
 
 def save(path, data, affine, *, dtype=np.float32) -> None:
-    """Write data (D, H, W) as .nii or .nii.gz atomically; the same input gives the same bytes.
+    """Write data (D, H, W) or a series (N, D, H, W) as .nii or .nii.gz, atomically; same input, same bytes.
 
     Stored as `dtype` whatever the dtype of `data`; bool becomes uint8, float16 float32 and int64 int32, which NIfTI
     readers lack. sform and qform get the same affine (float32) and code 2; a sheared affine does not fit a qform,
@@ -179,13 +181,15 @@ def save(path, data, affine, *, dtype=np.float32) -> None:
     integer dtype cannot hold, no voxels, a bad affine or file name; and, with the old file untouched, for a full disk.
     """
     path, data, affine = Path(path), np.asarray(data), np.asarray(affine, dtype=np.float64)
-    if data.ndim != 3 or affine.shape != (4, 4):
-        raise ValueError(f"save needs data (D, H, W) and affine (4, 4), not {data.shape} and {affine.shape}")
+    if data.ndim not in (3, 4) or affine.shape != (4, 4):
+        raise ValueError(f"save needs data ([N,] D, H, W) and affine (4, 4), not {data.shape} and {affine.shape}")
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise UserError(f"not a NIfTI file name, {path}, use .nii or .nii.gz")
     if data.size == 0:
         raise UserError(f"volume to write has no voxels {data.shape}, {path}, check the crop")
     _check_affine(affine, path)
+    if data.ndim == 4:
+        data = np.moveaxis(data, 0, 3)  # NIfTI keeps the volumes of a series on the last axis
     stored = np.dtype({"b1": "u1", "f2": "f4", "i8": "i4", "u8": "i4"}.get(np.dtype(dtype).str[1:], dtype))
     with np.errstate(invalid="ignore", over="ignore"):
         voxels = data.astype(stored.newbyteorder("<"))
@@ -201,7 +205,7 @@ def save(path, data, affine, *, dtype=np.float32) -> None:
     hdr.set_xyzt_units("mm")
     hdr["magic"], hdr["vox_offset"] = b"n+1", 352
     hdr.set_qform(affine, CODE)
-    if (np.abs(hdr.get_qform() - affine) @ [*voxels.shape, 1]).max() > 0.01:  # mm; sheared
+    if (np.abs(hdr.get_qform() - affine) @ [*voxels.shape[:3], 1]).max() > 0.01:  # mm; sheared
         hdr["qform_code"] = 0
     hdr.set_sform(affine, CODE)
     raw = hdr.binaryblock + bytes(4) + voxels.tobytes(order="F")

@@ -2,6 +2,8 @@
 
 import functools
 import hashlib
+import inspect
+import itertools
 import json
 import os
 import random
@@ -71,6 +73,9 @@ class Runtime:
         return tensor
 
 
+_starts = itertools.count()
+
+
 @contextmanager
 def start(device="auto", precision="auto", seed=0, *, deterministic=False):
     """Runtime for the `with` block: seeds everything, alike on all ranks, and joins the launcher's processes, if any.
@@ -97,7 +102,10 @@ def start(device="auto", precision="auto", seed=0, *, deterministic=False):
     group = None
     joins = launched and not dist.is_initialized()  # a nested start shares the outer one's group
     if joins:  # the long timeout lets one rank do slow work alone; a dead rank is noticed by the launcher at once
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        store = dist.PrefixStore(f"start/{next(_starts)}", store)  # else a second start finds old addresses
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),
+                                store=store, rank=rank, world_size=world_size)
     if launched and device.type == "cuda":
         group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
     try:
@@ -244,8 +252,11 @@ def wrap_ddp(module, runtime, find_unused_parameters=False):
     if runtime.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     devices = [runtime.device] if runtime.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True,
-                                   find_unused_parameters=find_unused_parameters)
+    # 2.13 warns of the old name, older torch may lack the new one
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    no_broadcast = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True,
+                                   find_unused_parameters=find_unused_parameters, **no_broadcast)
 
 
 def unwrap(module):

@@ -329,11 +329,11 @@ def latent_path(config: Config, name: str) -> Path:
 
 
 def save_latent(path: Path, z: torch.Tensor, affine: np.ndarray) -> None:
-    """z (C, d, h, w) float32 as NIfTI; several channels go to the fourth axis."""
-    nifti.save(path, np.moveaxis(z.numpy(), 0, -1) if len(z) > 1 else z[0].numpy(), affine)
+    """z (C, d, h, w) float32 as NIfTI; several channels become a series."""
+    nifti.save(path, z.numpy() if len(z) > 1 else z[0].numpy(), affine)
 
 
 def load_latent(path: Path) -> torch.Tensor:
     """(C, d, h, w) float32; inverse of `save_latent`."""
-    data = nifti.load(path, channels=True).data
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(data, -1, 0) if data.ndim == 4 else data[None]))
+    data = torch.from_numpy(nifti.load(path, series=True).data)
+    return data if data.ndim == 4 else data[None]

@@ -162,17 +162,19 @@ def check_volumes(volumes: Volumes, names: list[str], runtime=None, what: str = 
     mine = runtime.shard(names) if runtime else names
     bar = progress(len(mine), 0, f"check {what}", enabled=runtime is None or runtime.is_main)
     for name in mine:
-        volume = volumes.load(name)
-        low, high = float(volume.min()), float(volume.max())
-        if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-            raise UserError(
-                f"{stem(name)}: values from {low:.4g} to {high:.4g} in {volumes.path(name)}; volumes are scaled to [0, 1]: run --prepare"
-            )
-        if high <= low:
-            raise UserError(f"{stem(name)}: every voxel of {volumes.path(name)} is {low:.4g}; remove the subject or repair the file")
+        check_values(volumes.load(name), volumes.path(name))
         bar.update()
     bar.close()
     return common
+
+
+def check_values(volume: np.ndarray, path: Path) -> None:
+    """UserError unless a volume has contrast and lies in [0, 1]."""
+    low, high = float(volume.min()), float(volume.max())
+    if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise UserError(f"{stem(path.name)}: values from {low:.4g} to {high:.4g} in {path}; volumes are scaled to [0, 1]: run --prepare")
+    if high <= low:
+        raise UserError(f"{stem(path.name)}: every voxel of {path} is {low:.4g}; remove the subject or repair the file")
 
 
 def check_pairs(mri: Volumes, pet: Volumes, names: list[str]) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from common import nifti, runtime
-from common.cache import VolumeCache
 from common.cli import UserError
 from common.runlog import progress, write_json
 from il_cldm import aae, dataset, ldm, prepare
@@ -47,12 +46,10 @@ def generate(config: Config, rt: runtime.Runtime) -> None:
     # ---- loop over subjects: each rank takes its share
     mine = [name for name in rt.shard(list(inputs)) if not finished(out, name, config)]
     settings = dict(sampler=config.sampler, steps=config.steps, guidance=config.guidance, eta=config.eta, rt=rt)
-    cache = VolumeCache(None)
     with progress(len(mine), 0, "generate", enabled=rt.is_main) as bar:
         for name in mine:
             volume = prepare.prepare_in_memory(inputs[name], trained.preparation, config) if config.native else nifti.load(inputs[name])
-            if not config.native:
-                dataset.check_volumes(dataset.Volumes(str(inputs[name].parent), cache), [inputs[name].name])
+            dataset.check_values(volume.data, inputs[name])
             mri = torch.from_numpy(volume.data)[None, None]
             samples = synthesize(trained, autoencoder, mri, labels[name], dataset.stem(name), config, settings)
             write(out, name, samples, volume, inputs[name], config)

@@ -1,10 +1,10 @@
 """Synthetic cohort with known truth in IL-CLDM's layout: paired T1 and amyloid PET, labels, split lists, region maps.
 
-    python il_cldm/make_phantom.py                                              # paper's grid, 80 subjects, a few minutes
-    python il_cldm/make_phantom.py --shape 32 32 32 --out /tmp/study            # for CPU training, well under a minute
-    python il_cldm/make_phantom.py --coupling independent --out /tmp/leak_test  # PET that no MRI can predict
+    python il_cldm/make_phantom.py                                  # the paper's grid, 80 subjects: minutes
+    python il_cldm/make_phantom.py --shape 32 32 32 --out STUDY     # for training on a CPU: under a minute
+    python il_cldm/make_phantom.py --coupling independent --out LEAK_TEST  # PET that no MRI can predict
 
-Subjects are seeded one by one and numbered per split, so another --n_train leaves every other subject and split as it was.
+Subjects are seeded one by one and numbered per split: another --n_train leaves every other subject and split as it was.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Options(CommonOptions):
     pet_divisor: float = option(3.0, "SUVR that is stored as 1", unit="SUVR")
     native: bool = option(
         False,
-        "also write scanner-like files to raw/{mri,pet,labels}, for --prepare: other spacing, orientation, origin, units",
+        "also write raw/{mri,pet,labels} for --prepare: other spacing, orientation, origin and units",
     )
     overwrite: bool = option(False, "replace a cohort that is already there")
 
 
 def draw_subject(seed: int, number: int, coupling: str) -> dict:
-    """Label, status and factors of a subject (no image). Classes are balanced; `number` counts from 1, or from FIRST_ID."""
+    """Label, status and factors of a subject (no image); classes come in turn with `number`."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, number]))
     label = (number - 1) % 4
     age = rng.uniform(60, 88)
@@ -113,7 +113,7 @@ def make_subject(options: Options, name: str, number: int) -> tuple[dict, dict]:
 
 
 def write_native(options: Options, name: str, seed: int, factors, spacing_mm: float) -> None:
-    """The same head as a scanner gives it: MRI int16 0..1500, LAS, anisotropic; PET in SUVR, LPS, coarser; both in one shifted world."""
+    """The head in one shifted scanner world: MRI int16 0..1500, LAS, anisotropic; PET in SUVR, LPS, coarser."""
     from common import phantom
 
     stem, raw = name.removesuffix(".nii.gz"), Path(options.out) / "raw"
@@ -138,7 +138,7 @@ def write_native(options: Options, name: str, seed: int, factors, spacing_mm: fl
 
 
 def suvr_threshold(shape) -> float:
-    """SUVR measured over the label map (so partial volume of this grid included) of an average subject right at POSITIVE_LOAD."""
+    """SUVR over the label map (with this grid's partial volume) of an average subject right at POSITIVE_LOAD."""
     from common import phantom
 
     factors = phantom.Factors(
@@ -203,20 +203,29 @@ def main() -> None:
 
     spacing = float(phantom.grid_affine(options.shape)[0, 0])
     record = {
-        "source": "phantom", "seed": options.seed, "coupling": options.coupling, "shape": list(options.shape), "spacing_mm": spacing,
-        "mri_norm": "percentile", "pet_norm": "fixed", "pet_divisor": options.pet_divisor,
-        "target_labels": phantom.codes(phantom.LABELS, phantom.TARGET), "reference_labels": phantom.codes(phantom.LABELS, phantom.REFERENCE),
-        "suvr_threshold": suvr_threshold(options.shape), "labels": phantom.LABELS, "label_id": dict(enumerate(DIAGNOSES)), "subjects": entries,
-    }  # fmt: skip
+        "source": "phantom",
+        "seed": options.seed,
+        "coupling": options.coupling,
+        "shape": list(options.shape),
+        "spacing_mm": spacing,
+        "mri_norm": "percentile",
+        "pet_norm": "fixed",
+        "pet_divisor": options.pet_divisor,
+        "target_labels": phantom.codes(phantom.LABELS, phantom.TARGET),
+        "reference_labels": phantom.codes(phantom.LABELS, phantom.REFERENCE),
+        "suvr_threshold": suvr_threshold(options.shape),
+        "labels": phantom.LABELS,
+        "label_id": dict(enumerate(DIAGNOSES)),
+        "subjects": entries,
+    }
     write_table(out / "truth.csv", rows)
     write_table(out / "data_info" / "data_info.csv", [{k: row[k] for k in ("filename", "label_id")} for row in rows])
     (out / "data_info" / "prepare.json").write_text(json.dumps(record, indent=1) + "\n")
     for split in names:
         (out / "data_info" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names[split]))
     positive = sum(row["amyloid_positive"] for row in rows)
-    print(
-        f"{len(rows)} subjects in {out}, {positive} amyloid-positive, {options.shape} voxels of {spacing:g} mm, SUVR threshold {record['suvr_threshold']:.3f}"
-    )
+    print(f"{len(rows)} subjects in {out}, {positive} amyloid-positive (SUVR {record['suvr_threshold']:.3f} or more)")
+    print(f"{' x '.join(map(str, options.shape))} voxels of {spacing:g} mm")
 
 
 def write_table(path: Path, rows: list[dict]) -> None:

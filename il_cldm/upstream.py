@@ -208,7 +208,7 @@ def from_checkpoint(content: dict, path, **overrides) -> tuple[str, nn.Module]:
     try:
         module, config = identify(state_dict)
         return module, load(build(module, config | overrides), state_dict)
-    except UserError as error:
+    except (UserError, ValueError, KeyError, IndexError) as error:  # the latter: keys of a U-Net that is not like ours
         raise UserError(f"checkpoint {path}: {error}") from None
 
 

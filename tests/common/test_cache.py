@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import cache
 from common.cache import VolumeCache
 from common.cli import UserError
 
@@ -97,8 +98,6 @@ class lmdb_of:
     """Look into a cache from outside, after closing the one of this process as a fork does."""
 
     def __init__(self, folder):
-        from common import cache
-
         cache._close_all()
         cache._lock.release()
         self.env = lmdb.open(str(folder), map_size=1 << 30)
@@ -177,6 +176,24 @@ def test_processes_write_and_grow_at_the_same_time(tmp_path, source):
         process.communicate()
     for i in range(70):
         assert np.array_equal(cache.get(source, str(i), never), volume(i))
+
+
+def test_map_enlarged_by_another_process_while_this_one_opens(tmp_path, source, monkeypatch):
+    """lmdb.open begins a transaction of its own, which loses this race now and then; here it does so for certain."""
+    VolumeCache(tmp_path / "cache").get(source, "r", lambda: volume(0))
+    cache._close_all()
+    cache._lock.release()
+    really_open, calls = lmdb.open, []
+
+    def open_late(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise lmdb.MapResizedError("mdb_txn_begin")
+        return really_open(*args, **kwargs)
+
+    monkeypatch.setattr(lmdb, "open", open_late)
+    assert np.array_equal(VolumeCache(tmp_path / "cache").get(source, "r", never), volume(0))
+    assert len(calls) == 2
 
 
 def test_sigkill_while_writing_loses_nothing_finished(tmp_path, source):

@@ -191,6 +191,32 @@ def test_singleton_axes(tmp_path):
         refuse(write(tmp_path / "c.nii", wrong, np.eye(4)), "not a 3D volume")
 
 
+@each_affine
+@pytest.mark.parametrize("n", [1, 4])
+def test_series(tmp_path, affine, n):
+    """(N, D, H, W) in memory, N last in the file, each volume in the place that it has alone."""
+    data, path = RNG.standard_normal((n, 5, 6, 7)).astype(np.float32), tmp_path / "a.nii.gz"
+    nifti.save(path, data, affine)
+    image, volume = nib.load(path), nifti.load(path, series=True)
+    assert image.shape == (5, 6, 7, n) and np.array_equal(image.affine, affine)
+    assert int(image.header["qform_code"]) == (0 if affine is AFFINES["sheared"] else 2)
+    assert np.array_equal(np.moveaxis(image.get_fdata(dtype=np.float32), 3, 0), data)
+    assert volume.data.shape[0] == n and volume.data.flags.c_contiguous and volume.data.flags.writeable
+    for i in range(n):
+        nifti.save(tmp_path / "one.nii", data[i], affine)
+        one = nifti.load(tmp_path / "one.nii")
+        assert np.array_equal(volume.data[i], one.data) and np.array_equal(volume.affine, one.affine)
+    assert nifti.load(tmp_path / "one.nii", series=True).shape == one.shape  # a 3D file stays 3D
+    if n > 1:
+        refuse(path, "not a 3D volume")
+        with pytest.raises(UserError, match="not a 3D volume"):
+            nifti.header(path)
+    with pytest.raises(UserError, match="no voxels"):
+        nifti.load(write(tmp_path / "none.nii", data[0], np.eye(4), dim=[4, 5, 6, 7, 0, 1, 1, 1]), series=True)
+    with pytest.raises(UserError, match="not a 3D volume"):
+        nifti.load(write(tmp_path / "5d.nii", np.zeros((2, 2, 2, 3, 3), np.float32), np.eye(4)), series=True)
+
+
 def test_nan_and_inf(tmp_path):
     for value in (np.nan, np.inf, 1e300):
         data = np.zeros((3, 4, 5))
@@ -332,7 +358,7 @@ def test_save_refuses_what_would_be_changed(tmp_path):
         nifti.save(path, ones[:0], np.eye(4))
     with pytest.raises(UserError, match="file name"):
         nifti.save(tmp_path / "a.mgz", ones, np.eye(4))
-    for data in (ones[None], ones[0]):
+    for data in (ones[None, None], ones[0]):
         with pytest.raises(ValueError):
             nifti.save(path, data, np.eye(4))
     assert os.listdir(tmp_path) == []

@@ -133,3 +133,6 @@ def test_other_files_are_refused(tmp_path):
     for name, message in (("a.pt", "no state_dict"), ("b.pt", "no IL-CLDM network"), ("c.pt", "c.pt")):
         with pytest.raises(UserError, match=message):
             upstream.load_checkpoint(tmp_path / name)
+    write(tmp_path / "d.pt", upstream.build("UNet", UNET))  # width 8 does not divide into the default 32 groups
+    with pytest.raises(UserError, match="d.pt.*divisible"):
+        upstream.load_checkpoint(tmp_path / "d.pt")
