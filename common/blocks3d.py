@@ -69,15 +69,12 @@ class SelfAttention3d(nn.Module):
 class SyncBatchNorm3d(nn.BatchNorm3d):
     """BatchNorm3d whose training statistics cover the batches of all ranks, on any device and backend.
 
-    torch.nn.SyncBatchNorm works on CUDA only; this one needs only a differentiable all_reduce. Same parameters, buffers
-    and keys as BatchNorm3d, and exactly BatchNorm3d without a process group, with one rank, or in eval mode. Ranks may
-    hold different batch sizes. Gradients averaged over the ranks (DistributedDataParallel does that) equal those of the
-    whole batch if each rank's loss is the mean over its equal share.
+    torch.nn.SyncBatchNorm works on CUDA only. Same keys as BatchNorm3d, and exactly BatchNorm3d with one process or in
+    eval mode. Gradients averaged over the ranks (as DistributedDataParallel does) equal those of the whole batch.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if alone or not self.training:
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         from torch.distributed.nn.functional import all_reduce  # imports RPC code, hence not at module level
 
@@ -90,13 +87,9 @@ class SyncBatchNorm3d(nn.BatchNorm3d):
         mean = totals[:-1] / count
         centred = h - mean.view(shape)
         var = all_reduce(centred.square().sum(axes)) / count
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-                self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), momentum)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), self.momentum)
         y = centred * (var + self.eps).rsqrt().view(shape)
-        if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y.to(x.dtype)
+        return (y * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)

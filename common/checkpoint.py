@@ -18,6 +18,7 @@ from common.cli import UserError
 from common.runtime import unwrap
 
 RESERVED = ("step", "config", "extra", "rng")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -38,14 +39,9 @@ def replacing(path):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         causes = (error, error.__cause__, error.__context__)  # torch.save may bury the cause
-        if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in causes):
+        if any(isinstance(e, OSError) and e.errno in DISK_FULL for e in causes):
             raise UserError(f"disk full while writing {path}: free some space, run the same command again") from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
 
 
 def save(path, state):
@@ -90,6 +86,15 @@ def load(path, *, trust_pickle=False):
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, expected a dict of weights")
     return state
+
+
+def load_weights(module, state_dict, path):
+    """Strict `load_state_dict` with weights read from `path`; raises UserError if they are of another model."""
+    try:
+        module.load_state_dict(state_dict)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint {path} is of another model ({reason}): give one of this program") from error
 
 
 def rng_state():

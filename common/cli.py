@@ -197,11 +197,7 @@ def _read_config(path):
 
 def to_dict(config):
     """All options as plain JSON values (paths become strings, tuples lists)."""
-    return {name: _plain(value) for name, value in asdict(config).items()}
-
-
-def _plain(value):
-    return str(value) if isinstance(value, Path) else [_plain(v) for v in value] if isinstance(value, tuple) else value
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def frozen(config, groups):
@@ -211,15 +207,17 @@ def frozen(config, groups):
 
 
 def run(main):
-    """Call `main()`; a UserError or a full disk ends in one line `error: ...` and exit status 2, Ctrl-C in 130."""
+    """Call `main()`; a UserError, a full or forbidden disk end in a line `error: ...` and status 2, Ctrl-C in 130."""
     try:
         main()
     except UserError as error:
         fail(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fail(f"disk full while writing {error.filename or 'output'}: free some space, run the same command again")
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise
-        fail(f"disk full while writing {error.filename or 'output'}: free some space and run the same command again")
+        fail(f"{error.filename or 'a file'} cannot be used ({error.strerror}): check the path and its permissions")
     except KeyboardInterrupt:
         sys.exit(130)
 

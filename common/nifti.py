@@ -9,9 +9,7 @@ scl_slope and scl_inter are applied; a slope of 0, NaN or Inf means none. Obliqu
 interpolated. Nothing of an input header is carried to an output.
 """
 
-import errno
 import gzip
-import os
 import warnings
 import zlib
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy import ndimage
 
+from common.checkpoint import replacing
 from common.cli import UserError
 
 GZIP_LEVEL = 1  # as nibabel: float volumes gain little from more, and writing is several times faster
@@ -212,20 +211,11 @@ def save(path, data, affine, *, dtype=np.float32) -> None:
     if path.name.lower().endswith(".gz"):
         raw = gzip.compress(raw, GZIP_LEVEL, mtime=0)
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # not *.nii.gz: a killed run leaves no false subject
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with replacing(path) as file:
             file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what, advice = ("disk full", "free some space") if full else (f"cannot write ({error.strerror})", "check it")
-        raise UserError(f"{what}, {path}, {advice}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write ({error.strerror}), {path}, check it") from error
 
 
 # ---- geometry

@@ -28,7 +28,7 @@ class RunLog:
     """
 
     def __init__(self, folder, config, *, start_step=0, enabled=True, data_fingerprint=None):
-        self.folder, self.enabled, self._csv, self._tensorboard = Path(folder), enabled, {}, None
+        self.folder, self.enabled, self._csv = Path(folder), enabled, {}
         if not enabled:
             return
         write_json(self.folder / "config.json", config)
@@ -47,10 +47,8 @@ class RunLog:
             self._write_csv(row)
         self._log = open(path, "a")
         self._start = time.time() - (rows[-1]["seconds"] if rows else 0)
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, so only when a run begins
-        except ImportError:
-            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, so only when a run begins
+
         self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=start_step + 1 if start_step else 0)
 
     def log(self, kind, step, **values):
@@ -62,11 +60,10 @@ class RunLog:
         self._log.write(json.dumps(row) + "\n")
         self._log.flush()
         self._write_csv(row)
-        if self._tensorboard:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
-            self._tensorboard.flush()  # or a kill loses rows that the checkpoint takes for written
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        self._tensorboard.flush()  # or a kill loses rows that the checkpoint takes for written
 
     def _write_csv(self, row):
         kind, values = row["kind"], {name: value for name, value in row.items() if name not in ("kind", "seconds")}
@@ -89,8 +86,7 @@ class RunLog:
             picture = (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
         with replacing(self.folder / "samples" / f"{name}_{step}.png") as file:
             Image.fromarray(picture).save(file, format="PNG")
-        if self._tensorboard:
-            self._tensorboard.add_image(name, picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")
+        self._tensorboard.add_image(name, picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")
 
     def text(self, message):
         """Print a line without breaking a progress bar."""
@@ -98,8 +94,8 @@ class RunLog:
             tqdm.write(str(message))
 
     def close(self):
-        for file in (self._tensorboard, *(file for file, _ in self._csv.values()), getattr(self, "_log", None)):
-            if file:
+        if self.enabled:
+            for file in (self._tensorboard, self._log, *(file for file, _ in self._csv.values())):
                 file.close()
 
     def __enter__(self):

@@ -77,12 +77,11 @@ _starts = itertools.count()
 
 
 @contextmanager
-def start(device="auto", precision="auto", seed=0, *, deterministic=False):
+def start(device="auto", precision="auto", seed=0):
     """Runtime for the `with` block: seeds everything, alike on all ranks, and joins the launcher's processes, if any.
 
-    `auto` is CUDA or CPU (mps only on request); under torchrun `cuda` is GPU number LOCAL_RANK. `deterministic`
-    asks cuDNN for reproducible kernels; on the CPU results are reproducible anyway. Raises UserError for a device
-    or precision that is not there.
+    `auto` is CUDA or CPU (mps only on request); under torchrun `cuda` is GPU number LOCAL_RANK. Raises UserError for
+    a device or precision that is not there.
     """
     env = os.environ
     launched = "RANK" in env and "WORLD_SIZE" in env
@@ -93,8 +92,7 @@ def start(device="auto", precision="auto", seed=0, *, deterministic=False):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32; cuDNN convolutions use it by default
-        torch.backends.cudnn.benchmark = not deterministic
-        torch.backends.cudnn.deterministic = deterministic
+        torch.backends.cudnn.benchmark = True
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

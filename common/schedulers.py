@@ -38,10 +38,6 @@ class Schedule:
     def T(self):
         return len(self.betas)
 
-    @property
-    def alphas_bar_prev(self):
-        return torch.cat([self.alphas_bar.new_ones(1), self.alphas_bar[:-1]])
-
 
 def schedule_from_betas(betas, prediction="eps") -> Schedule:
     """Schedule of given betas, (T,) in (0, 1); ValueError otherwise."""
@@ -87,13 +83,6 @@ def posterior_coefficients(alpha_bar, alpha_bar_prev):
 def snr(schedule):
     """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), (T,) float64."""
     return schedule.alphas_bar / (1 - schedule.alphas_bar)
-
-
-def min_snr_weights(schedule, gamma=5.0):
-    """Loss weights min(SNR, gamma) over SNR (eps), 1 (x0) or SNR + 1 (v), (T,) float64 (Hang et al. 2023)."""
-    ratio = snr(schedule)
-    divisor = {"eps": ratio, "x0": torch.ones_like(ratio), "v": ratio + 1}[schedule.prediction]
-    return ratio.clamp(max=gamma) / divisor
 
 
 def at(table, t, like):
@@ -167,7 +156,7 @@ def v_from_x0(schedule, x_t, t, x_0):
 
 
 def x0_from_output(schedule, x_t, t, output):
-    """x_0 from a network output of the schedule's prediction type; shapes as x0_from_eps."""
+    """x_0 from a network output (the schedule's prediction type); shapes as x0_from_eps."""
     return _to_x0(schedule.prediction, output, x_t, *_alpha_sigma(schedule, t, x_t))
 
 
@@ -184,7 +173,7 @@ def clip_dynamic(x_0, ratio=0.995, max_value=math.inf):
 
 
 def guided(denoise_cond, denoise_uncond, scale):
-    """Classifier-free guidance as a denoiser: uncond + scale * (cond - uncond) from two calls (Ho & Salimans 2022).
+    """Classifier-free guidance as a denoiser: uncond + scale * (cond - uncond) (Ho & Salimans 2022).
 
     Scale 1 is denoise_cond itself and scale 0 denoise_uncond itself. The mix means the same in eps, x0 and v.
     """
@@ -194,20 +183,6 @@ def guided(denoise_cond, denoise_uncond, scale):
     def denoise(x_t, t):
         cond, uncond = denoise_cond(x_t, t).to(x_t.dtype), denoise_uncond(x_t, t).to(x_t.dtype)
         return uncond + scale * (cond - uncond)
-
-    return denoise
-
-
-def guided_batched(network, cond, uncond, scale):
-    """`guided` in one call of twice the batch: network(x_t, t, **cond) with cond, uncond dicts of tensors (B, ...)."""
-    if scale in (0, 1):
-        return partial(network, **(cond if scale == 1 else uncond))
-    both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
-
-    def denoise(x_t, t):
-        output = network(torch.cat([x_t, x_t]), torch.cat([t, t]), **both).to(x_t.dtype)
-        cond_output, uncond_output = output.chunk(2)
-        return uncond_output + scale * (cond_output - uncond_output)
 
     return denoise
 

@@ -25,7 +25,8 @@ from il_cldm.losses import generator_adversarial_loss, hinge_discriminator_loss,
 from il_cldm.model import build_autoencoder, build_discriminator
 
 COMPRESSION = 4
-ARCHITECTURE = ("latent_dim", "aae_channels", "aae_groups", "kl_weight")  # what a checkpoint needs to rebuild the network
+ARCHITECTURE = ("latent_dim", "aae_channels", "aae_groups", "kl_weight")  # what rebuilds the network of a checkpoint
+LOG_COLUMNS = dict.fromkeys(("loss_rec", "loss_adv", "loss_disc"))  # in this order; None before --disc_start
 
 
 class RealAndFake(nn.Module):
@@ -42,60 +43,53 @@ class RealAndFake(nn.Module):
 def aae_step(
     autoencoder, real_and_fake, x, config, *, adversarial=True, scale=1.0, noise=None, autocast=nullcontext
 ) -> dict[str, torch.Tensor]:
-    """Accumulate the gradients of one step into both networks; returns detached losses. x: PET (B, 1, D, H, W) in [0, 1].
+    """Accumulate one step's gradients in both networks; returns detached losses. x: PET (B, 1, D, H, W) in [0, 1].
 
     Autoencoder: Lambda·mean|x - x_hat| - mean D(x_hat) (+ KL). Discriminator: hinge. `scale` multiplies every gradient
     (loss scaling, micro-batches). `noise` (B, latent_dim, ...) samples the latent where there is a KL term.
     """
     with autocast():
         x_hat, mean, logvar = autoencoder(x, noise)
+    x_hat = x_hat.float()
     loss_rec = reconstruction_loss(x_hat, x)
     loss, losses = config.Lambda * loss_rec, {"loss_rec": loss_rec}
     if logvar is not None:
-        losses["loss_kl"] = kl_loss(mean, logvar)
+        losses["loss_kl"] = kl_loss(mean.float(), logvar.float())
         loss = loss + config.kl_weight * losses["loss_kl"]
     if adversarial:
-        # Deviation (original code): x_hat is cut from the graph here, so the discriminator's loss cannot reach the autoencoder;
-        # there it leaked in and halved the adversarial gradient. The generator's part comes back through `grad_adv`.
+        # Deviation (original code): x_hat is cut from the graph here, so the discriminator's loss cannot reach the
+        # autoencoder; there it leaked in and halved the adversarial gradient. The generator's part is `grad_adv`.
         x_fake = x_hat.detach().requires_grad_()
         with autocast():
             logits_real, logits_fake = real_and_fake(x, x_fake)
-        loss_adv = generator_adversarial_loss(logits_fake)
-        loss_disc = hinge_discriminator_loss(logits_real, logits_fake)
+        loss_adv = generator_adversarial_loss(logits_fake.float())
+        loss_disc = hinge_discriminator_loss(logits_real.float(), logits_fake.float())
         (grad_adv,) = torch.autograd.grad(scale * loss_adv, x_fake, retain_graph=True)
         torch.autograd.backward([scale * loss, x_hat], [None, grad_adv])
         (scale * loss_disc).backward()
         losses |= {"loss_adv": loss_adv, "loss_disc": loss_disc}
     else:
         (scale * loss).backward()
-    return {name: value.detach().float() for name, value in losses.items()}
-
-
-def learning_rate(config: Config, step: int, total: int) -> float:
-    """Learning rate of a step: constant, or half a cosine down to zero at `total`."""
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
-
-
-def frozen_settings(config: Config, stage: str, names: list[str]) -> dict:
-    """What may not change when `stage` is resumed: its options, seed, precision, and the training list."""
-    return frozen(config, {"training", stage}) | {"seed": config.seed, "precision": config.precision, "train_list": sorted(names)}
+    return {name: value.detach() for name, value in losses.items()}
 
 
 def train_aae(config: Config, rt: runtime.Runtime) -> None:
     """Train stage 1 to RESULT/EXP/AAE.pth.tar (best on validation); resumes RESULT/EXP/aae/checkpoints/last.pt."""
     # ---- data
+    check_options(config, rt)
     lists = dataset.check_splits(config)
     _, pet = dataset.open_volumes(config)
     train, validation = lists["train"], lists["validation"]
     shape = dataset.check_volumes(pet, train + validation, rt, "PET")
     smallest = 2 ** (len(config.disc_channels) + 1)
     if min(shape) < smallest:
-        raise UserError(f"PET of shape {shape} is too small for {len(config.disc_channels)} discriminator levels; axes need {smallest} voxels (--disc_channels)")
+        levels = len(config.disc_channels)
+        raise UserError(f"PET of shape {shape} is too small for {levels} discriminator levels: axes need {smallest} "
+                        "voxels; give fewer --disc_channels")  # fmt: skip
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total = config.aae_steps or config.epochs * steps_per_epoch
     last_step = min(total, config.max_steps or total)
+    validate_every = config.aae_val_every * steps_per_epoch
 
     # ---- model
     torch.manual_seed(config.seed)
@@ -106,122 +100,209 @@ def train_aae(config: Config, rt: runtime.Runtime) -> None:
         autoencoder.compile()
 
     # ---- optimizer
-    fused = runtime.fused_optimizer_kwargs(rt.device)
-    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=config.learning_rate, betas=(0.5, 0.999), **fused)
-    optimizer_disc = torch.optim.Adam(discriminator.parameters(), lr=config.learning_rate, betas=(0.5, 0.999), **fused)
+    adam = dict(lr=config.learning_rate, betas=(0.5, 0.999), **runtime.fused_optimizer_kwargs(rt.device))
+    optimizer = torch.optim.Adam(autoencoder.parameters(), **adam)
+    optimizer_disc = torch.optim.Adam(discriminator.parameters(), **adam)
     scaler, means = rt.grad_scaler(), Means()
 
     # ---- resume
-    folder = config.run_folder / "aae"
+    folder, best_path = config.run_folder / "aae", config.run_folder / "AAE.pth.tar"
     last_path = folder / "checkpoints" / "last.pt"
-    if config.restart and rt.is_main:
-        last_path.unlink(missing_ok=True)
-    rt.barrier()
-    objects = {"autoencoder": autoencoder, "discriminator": discriminator, "optimizer": optimizer, "optimizer_disc": optimizer_disc, "scaler": scaler, "means": means}  # fmt: skip
+    claim_run(best_path, last_path, config, rt)
     settings = frozen_settings(config, "stage 1", train)
+    objects = {"autoencoder": autoencoder, "discriminator": discriminator, "optimizer": optimizer,
+               "optimizer_disc": optimizer_disc, "scaler": scaler, "means": means}  # fmt: skip
     step, extra = checkpoint.resume_training(last_path, objects=objects, config=settings)
     best, stale = extra.get("best", -math.inf), extra.get("stale", 0)
-    if step >= last_step:
-        rt.print(f"stage 1 is complete at step {step} ({config.aae_path}); more --epochs continue it, --restart begins anew")
+    if is_complete("stage 1", step, last_step, stale, best_path, config, rt):
         return
 
     def save_last():
         if rt.is_main:
-            checkpoint.save_training(last_path, step=step, objects=objects, config=settings, extra={"best": best, "stale": stale})
+            extra = {"best": best, "stale": stale}
+            checkpoint.save_training(last_path, step=step, objects=objects, config=settings, extra=extra)
+
+    def save_best(scores):
+        if rt.is_main:
+            save_autoencoder(best_path, autoencoder, config, step, scores, shape)
 
     # ---- loop
     model, pair = runtime.wrap_ddp(autoencoder, rt), runtime.wrap_ddp(RealAndFake(discriminator), rt)
-    batches = runtime.training_batches(dataset.PetDataset(pet, train, config), config.batch_size, step, config.seed, rt, config.num_workers)  # fmt: skip
-    validate_every = config.aae_val_every * steps_per_epoch
+    volumes = dataset.PetDataset(pet, train, config)
+    batches = runtime.training_batches(volumes, config.batch_size, step, config.seed, rt, config.num_workers)
     fingerprint = {"train": train, "validation": validation, "shape": list(shape)}
     with (
         RunLog(folder, to_dict(config), start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
         runtime.StopRequest() as stop,
         progress(last_step, step, "stage 1: autoencoder", enabled=rt.is_main) as bar,
     ):
-        while step < last_step:
-            for group in (*optimizer.param_groups, *optimizer_disc.param_groups):
-                group["lr"] = learning_rate(config, step, total)
+        if step == 0:
+            save_last()  # claims the folder, and a disk that is too small shows now
+        while step < last_step and not stop.agree(rt):
+            lr = set_learning_rate(config, step, total, optimizer, optimizer_disc)
             x_batch = next(batches).to(rt.device, memory_format=layout, non_blocking=True)
-            noise = latent_noise(config, step, shape, rt) if config.kl_weight > 0 else None
+            noise_batch = latent_noise(config, step, shape, rt)
             optimizer.zero_grad(set_to_none=True)
             optimizer_disc.zero_grad(set_to_none=True)
-            micro = x_batch.chunk(config.accumulate)
-            noises = [None] * len(micro) if noise is None else noise.chunk(config.accumulate)
-            for x, n in zip(micro, noises, strict=True):
-                losses = aae_step(model, pair, x, config, adversarial=step >= config.disc_start,
-                                  scale=scaler.get_scale() / len(micro), noise=n, autocast=rt.autocast)  # fmt: skip
+            for x, noise in micro_batches(config.accumulate, x_batch, noise_batch):
+                losses = aae_step(model, pair, x, config, adversarial=step >= config.disc_start, noise=noise,
+                                  scale=scaler.get_scale() / config.accumulate, autocast=rt.autocast)  # fmt: skip
                 means.add(losses)
-            for opt, net in ((optimizer, autoencoder), (optimizer_disc, discriminator)):
-                if any(p.grad is not None for p in net.parameters()):
-                    scaler.unscale_(opt)
-                    if config.clip_grad:
-                        nn.utils.clip_grad_norm_(net.parameters(), config.clip_grad)
-                    scaler.step(opt)
-            scaler.update()
+            update_weights(scaler, config.clip_grad, (optimizer, autoencoder), (optimizer_disc, discriminator))
             step += 1
             bar.update()
 
-            if step % config.log_every == 0 or step == last_step:
-                values = {name: rt.mean(value).item() for name, value in means.pop().items()}
-                if not all(math.isfinite(v) for v in values.values()):
-                    raise UserError(f"stage 1 diverged at step {step}: {values}; lower --learning_rate or set --clip_grad 1 and resume")
-                log.log("train", step, epoch=step / steps_per_epoch, lr=learning_rate(config, step - 1, total), **values)
-                bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()})
+            if step % config.log_every == 0 or step % steps_per_epoch == 0 or step == total:
+                values = LOG_COLUMNS | mean_losses("stage 1", means, step, rt)
+                log.log("train", step, epoch=step / steps_per_epoch, lr=lr, **values)
+                bar.set_postfix({name: f"{v:.4f}" for name, v in values.items() if v is not None})
             if step % validate_every == 0 or step == total:
                 scores = validate(autoencoder, pet, validation, rt)
                 log.log("val", step, epoch=step / steps_per_epoch, **scores)
+                if rt.is_main:
+                    picture = folder / "samples" / "latest.png"
+                    log.image("reconstruction", step, draw_reconstruction(picture, autoencoder, pet, validation[0], rt))
                 stale += 1
                 if scores["score"] > best:
                     best, stale = scores["score"], 0
-                    if rt.is_main:
-                        save_autoencoder(config.run_folder / "AAE.pth.tar", autoencoder, config, step, scores, shape)
-                if rt.is_main:
-                    log.image("reconstruction", step, draw_reconstruction(folder / "samples" / "latest.png", autoencoder, pet, validation[0], rt))
+                    save_best(scores)
                 save_last()
                 if config.patience and stale >= config.patience:
                     rt.print(f"stage 1: no improvement in {stale} validations, stopped at step {step}")
                     break
             elif config.save_every and step % config.save_every == 0:
                 save_last()
-            if stop.agree(rt):
-                break
+
         # ---- finish
         save_last()
-        if rt.is_main and not (config.run_folder / "AAE.pth.tar").exists():
-            # A run cut short by --max_steps before its first validation still leaves a usable file.
-            save_autoencoder(config.run_folder / "AAE.pth.tar", autoencoder, config, step, {}, shape)
+        if not best_path.exists():
+            save_best({})  # cut short before its first validation: still a usable file
         rt.barrier()
-    if stop.requested:
-        rt.print(f"stage 1: stopped on request at step {step}; the same command continues")
+    leave_if_stopped("stage 1", step, last_step, stop, rt)
+
+
+# ---- what both stages share -----------------------------------------------------------------------------------------
+
+
+def check_options(config: Config, rt: runtime.Runtime) -> None:
+    """UserError for intervals and batch sizes that no loop can use."""
+    for name in ("batch_size", "accumulate", "log_every", "aae_val_every", "ldm_val_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
+    if config.batch_size % (parts := rt.world_size * config.accumulate):
+        raise UserError(f"--batch_size {config.batch_size} cannot be shared by {rt.world_size} rank(s) and "
+                        f"--accumulate {config.accumulate}: give a multiple of {parts}")  # fmt: skip
+
+
+def frozen_settings(config: Config, stage: str, names: list[str]) -> dict:
+    """What may not change when `stage` is resumed: its options, seed, precision, and the training list."""
+    fixed = {"seed": config.seed, "precision": config.precision, "train_list": sorted(names)}
+    return frozen(config, {"training", stage}) | fixed
+
+
+def claim_run(best_path: Path, last_path: Path, config: Config, rt: runtime.Runtime) -> None:
+    """--restart removes the earlier run's checkpoints; weights that no run here has written are not replaced."""
+    if config.restart and rt.is_main:
+        for path in (last_path, best_path):
+            path.unlink(missing_ok=True)
+    elif not config.restart and best_path.exists() and not last_path.exists():
+        raise UserError(f"{best_path} was not made by a run that can continue (no {last_path}): name another --exp, or "
+                        "replace it with --restart")  # fmt: skip
+    rt.barrier()
+
+
+def is_complete(stage, step: int, last_step: int, stale: int, best_path: Path, config: Config, rt) -> bool:
+    """Whether a resumed run has nothing left to do; says so."""
+    out_of_patience = bool(config.patience) and stale >= config.patience
+    done = best_path.exists() and (step >= last_step or out_of_patience)
+    rt.barrier()  # every rank has looked before any writes
+    if not done:
+        return False
+    why = f"no improvement in {stale} validations" if out_of_patience else "more --epochs continue it"
+    rt.print(f"{stage} is complete at step {step} ({best_path}): {why}; --restart begins anew")
+    return True
+
+
+def set_learning_rate(config: Config, step: int, total: int, *optimizers: torch.optim.Optimizer) -> float:
+    """Set and return the learning rate of a step: constant, or half a cosine down to zero at `total`."""
+    lr = config.learning_rate
+    if config.lr_schedule == "cosine":
+        lr *= 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    return lr
+
+
+def micro_batches(n: int, *tensors: torch.Tensor | None):
+    """The tensors (B, ...) in n equal parts, side by side; None stays None."""
+    return zip(*([None] * n if x is None else x.chunk(n) for x in tensors), strict=True)
+
+
+def update_weights(scaler, clip_grad: float, *pairs: tuple[torch.optim.Optimizer, nn.Module]) -> None:
+    """One step of every optimizer whose network got gradients; `clip_grad` 0 does not clip."""
+    for optimizer, network in pairs:
+        if all(p.grad is None for p in network.parameters()):
+            continue
+        if clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(network.parameters(), clip_grad)
+        scaler.step(optimizer)
+    scaler.update()
+
+
+def mean_losses(stage: str, means: Means, step: int, rt: runtime.Runtime) -> dict[str, float]:
+    """Losses since the last call, averaged over steps and ranks; UserError if one is not finite."""
+    values = {name: rt.mean(value).item() for name, value in means.pop().items()}
+    if not all(map(math.isfinite, values.values())):
+        raise UserError(f"{stage} diverged at step {step}: {values}; try a lower --learning_rate or --clip_grad 1, "
+                        "with --restart")  # fmt: skip
+    return values
+
+
+def leave_if_stopped(stage: str, step: int, last_step: int, stop: runtime.StopRequest, rt: runtime.Runtime) -> None:
+    """After SIGTERM or Ctrl-C end the program here, so that no later stage runs on half a training."""
+    if stop.agree(rt):
+        rt.print(f"{stage}: stopped on request at step {step} of {last_step}; the same command continues")
         raise SystemExit(stop.exit_status)
 
 
-def latent_noise(config: Config, step: int, shape: tuple[int, ...], rt: runtime.Runtime) -> torch.Tensor:
-    """Noise of the stochastic latent for the whole global batch; every rank draws it all and keeps its slice."""
+def latent_noise(config: Config, step: int, shape: tuple[int, ...], rt: runtime.Runtime) -> torch.Tensor | None:
+    """Noise of the stochastic latent (None without one): every rank draws the global batch and keeps its slice."""
+    if not config.kl_weight:
+        return None
     size = (config.batch_size, config.latent_dim, *(s // COMPRESSION for s in shape))
-    return runtime.local_slice(torch.randn(size, generator=runtime.generator(config.seed, "aae noise", step)), rt).to(rt.device)
+    noise = torch.randn(size, generator=runtime.generator(config.seed, "aae noise", step))
+    return runtime.local_slice(noise, rt).to(rt.device)
 
 
-# ---- using the autoencoder --------------------------------------------------------------------------------------------
+# ---- using the autoencoder ------------------------------------------------------------------------------------------
 
 
 def save_autoencoder(path: Path, autoencoder, config: Config, step: int, scores: dict, shape) -> None:
     state = autoencoder.state_dict()
-    architecture = {name: getattr(config, name) for name in ARCHITECTURE}
-    checkpoint.save(path, {"network": "il_cldm autoencoder", "state_dict": state, "config": architecture, "step": step, "scores": scores,
-                           "shape": list(shape), "hash": checkpoint.weights_hash(state)})  # fmt: skip
+    content = {
+        "network": "il_cldm autoencoder",
+        "state_dict": state,
+        "config": {name: getattr(config, name) for name in ARCHITECTURE},
+        "step": step,
+        "scores": scores,
+        "shape": list(shape),
+        "hash": checkpoint.weights_hash(state),
+    }
+    checkpoint.save(path, content)
 
 
 def load_autoencoder(config: Config, rt: runtime.Runtime):
     """Frozen autoencoder in eval mode and the hash of its weights; reads our files and the original's AAE.pth.tar."""
     path = config.aae_path
     if not path.is_file():
-        raise UserError(f"no autoencoder at {path}; train it with `python il_cldm/main.py --train_aae` or name one with --checkpoint_aae")
+        raise UserError(f"no autoencoder at {path}; train it with `python il_cldm/main.py --train_aae` or name one "
+                        "with --checkpoint_aae")  # fmt: skip
     saved = checkpoint.load(path, trust_pickle=config.trust_pickle)
     if saved.get("network") == "il_cldm autoencoder":
         autoencoder = build_autoencoder(SimpleNamespace(checkpointing=False, **saved["config"]))
-        autoencoder.load_state_dict(saved["state_dict"])
+        checkpoint.load_weights(autoencoder, saved["state_dict"], path)
     else:
         kind, autoencoder = upstream.from_checkpoint(saved, path)
         if kind != "AAE":
@@ -256,7 +337,9 @@ def draw_reconstruction(path: Path, autoencoder, pet: dataset.Volumes, name: str
     autoencoder.eval()
     x_hat = reconstruct(autoencoder, x[None], rt)[0, 0].numpy()
     autoencoder.train()
-    return figures.montage(path, [("PET", x[0].numpy()), ("reconstruction", x_hat)], window=(0.0, 1.0), difference_to="PET")
+    return figures.montage(
+        path, [("PET", x[0].numpy()), ("reconstruction", x_hat)], window=(0.0, 1.0), difference_to="PET"
+    )
 
 
 def test_aae(config: Config, rt: runtime.Runtime) -> None:
@@ -267,12 +350,13 @@ def test_aae(config: Config, rt: runtime.Runtime) -> None:
     autoencoder, aae_hash = load_autoencoder(config, rt)
     scores = validate(autoencoder, pet, names, rt)
     if rt.is_main:
-        report = {"n": len(names), **scores, "ssim_definition": "3D gaussian, sigma 1.5, valid border, data_range 1", "aae": aae_hash}
+        ssim = "3D gaussian, sigma 1.5, valid border, data_range 1"
+        report = {"n": len(names), **scores, "ssim_definition": ssim, "aae": aae_hash}
         write_json(config.run_folder / "aae" / "test.json", report)
         rt.print(f"autoencoder on {len(names)} test subjects: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}")
 
 
-# ---- latents ------------------------------------------------------------------------------------------------------------
+# ---- latents --------------------------------------------------------------------------------------------------------
 
 
 def latents_record(config: Config) -> Path:
@@ -280,25 +364,15 @@ def latents_record(config: Config) -> Path:
 
 
 def encode(config: Config, rt: runtime.Runtime, split: str) -> None:
-    """Write the latents of a split as NIfTI (affine with 4x voxels); with the training split also its mean and SD per channel.
+    """Write a split's latents as NIfTI (affine with 4x voxels); the training split's mean and SD go to latents.json.
 
-    `latents.json` beside them names the autoencoder; latents of another one are refused. Existing files are kept.
+    latents.json names the autoencoder and the files; finished files of the same autoencoder are kept.
     """
     names = dataset.read_list(config.list_path(split))
     _, pet = dataset.open_volumes(config)
     dataset.check_volumes(pet, names, rt, f"{split} PET")
     autoencoder, aae_hash = load_autoencoder(config, rt)
-    folder, record_path = Path(config.latent_Abeta), latents_record(config)
-    record = json.loads(record_path.read_text()) if record_path.is_file() else None
-    fresh = record is None or record["aae"] != aae_hash
-    if record is not None and fresh and not config.overwrite:
-        raise UserError(f"{folder} holds latents of another autoencoder ({record['aae']}, this one is {aae_hash}); add --overwrite or name another --latent_Abeta")
-    rt.barrier()
-    if fresh and rt.is_main:
-        for old in folder.glob("*.nii*") if record is not None else ():
-            old.unlink()
-        write_json(record_path, {"aae": aae_hash, "compression": COMPRESSION})
-    rt.barrier()
+    record = claim_latents(config, names, aae_hash, rt)
 
     mine = rt.shard(names)
     sums = []  # per subject: voxels, sum and sum of squares per channel
@@ -310,18 +384,46 @@ def encode(config: Config, rt: runtime.Runtime, split: str) -> None:
                     z = autoencoder.encode(pet.tensor(name)[None].to(rt.device))[0]
                 affine = nifti.strided_affine(nifti.header(pet.path(name))[1], COMPRESSION)
                 save_latent(path, z.float().cpu(), affine)
-            z = load_latent(path).double().flatten(1)
-            sums.append((z.shape[1], z.sum(1).tolist(), z.square().sum(1).tolist()))
+            z = load_latent(path).double().flatten(1)  # (C, voxels)
+            sums.append((z.shape[1], z.sum(1).numpy(), z.square().sum(1).numpy()))
             bar.update()
     rows = [row for part in rt.gather(sums) for row in part]
     if split == "train" and rt.is_main:
-        count = sum(n for n, _, _ in rows)
-        mean = np.sum([s for _, s, _ in rows], axis=0) / count
-        std = np.sqrt(np.maximum(np.sum([q for _, _, q in rows], axis=0) / count - mean**2, 0))
-        record = {"aae": aae_hash, "compression": COMPRESSION, "mean": mean.tolist(), "std": std.tolist(), "n_subjects": len(rows), "n_voxels": count}
-        write_json(record_path, record)
-        rt.print(f"latents of {len(rows)} training subjects: mean {np.round(mean, 4).tolist()}, SD {np.round(std, 4).tolist()}")
+        n_voxels = sum(n for n, _, _ in rows)
+        mean = sum(s for _, s, _ in rows) / n_voxels
+        std = np.sqrt(np.maximum(sum(q for _, _, q in rows) / n_voxels - mean**2, 0))
+        statistics = {"mean": mean.tolist(), "std": std.tolist(), "n_subjects": len(rows), "n_voxels": n_voxels}
+        write_json(latents_record(config), record | statistics | {"train_list": sorted(map(dataset.stem, names))})
+        rt.print(f"latents of {len(rows)} training subjects: mean {mean.round(4).tolist()}, SD {std.round(4).tolist()}")
     rt.barrier()
+
+
+def claim_latents(config: Config, names: list[str], aae_hash: str, rt: runtime.Runtime) -> dict:
+    """latents.json with these files entered; UserError if the folder is another autoencoder's or a file is not ours.
+
+    With --overwrite the files that another autoencoder's record lists are removed first, and nothing else.
+    """
+    path = latents_record(config)
+    record = json.loads(path.read_text()) if path.is_file() else {"aae": aae_hash}
+    fresh, listed = record["aae"] != aae_hash, record.get("files", [])
+    if fresh and not config.overwrite:
+        raise UserError(f"{path.parent} holds latents of another autoencoder ({record['aae']}, not {aae_hash}): "
+                        "add --overwrite or name another --latent_Abeta")  # fmt: skip
+    files = [latent_path(config, name).name for name in names]
+    for file in files:
+        if file not in listed and (path.parent / file).exists():
+            raise UserError(f"{path.parent / file} was not written by --enc; name another --latent_Abeta")
+    rt.barrier()  # every rank has judged the folder before rank 0 changes it
+    if fresh and rt.is_main:
+        for file in listed:
+            (path.parent / file).unlink(missing_ok=True)
+    if fresh:
+        record, listed = {"aae": aae_hash}, []
+    record |= {"compression": COMPRESSION, "files": sorted({*listed, *files})}
+    if rt.is_main:
+        write_json(path, record)
+    rt.barrier()
+    return record
 
 
 def latent_path(config: Config, name: str) -> Path:

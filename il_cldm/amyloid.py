@@ -1,11 +1,13 @@
 """Amyloid status: regional SUVR, and small CNNs for the baselines that every detection claim needs.
 
-SUVR = mean uptake of a cortical composite / mean uptake of a reference region; positive at or above a threshold. Image metrics alone
-do not show that status is recovered: independent work measured chance level for this method (README, "What the numbers mean").
+SUVR = mean uptake of a cortical composite / mean uptake of a reference region; positive at or above a threshold.
+Image metrics alone do not show that status is recovered: independent work measured chance level for this method
+(README, "What image metrics do not show").
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checkpoint, metrics, nifti, runtime
-from common.cache import VolumeCache
 from common.cli import UserError
 from il_cldm import dataset
 from il_cldm.config import Config
@@ -24,16 +25,17 @@ LARGEST_AXIS = 32  # the classifiers see volumes averaged down to at most this m
 
 
 def suvr(pet: np.ndarray, labels: np.ndarray, target: tuple[int, ...], reference: tuple[int, ...]) -> float:
-    """Standardised uptake value ratio of (D, H, W) PET over an integer label map; UserError if a region is empty or cold."""
+    """Standardised uptake value ratio of (D, H, W) PET over an integer label map; UserError if a region is empty."""
     inside, base = np.isin(labels, target), np.isin(labels, reference)
     if not inside.any() or not base.any():
-        raise UserError(f"label map without voxels of {'target' if not inside.any() else 'reference'} codes; check --target_labels and --reference_labels")
+        which = "reference" if inside.any() else "target"
+        raise UserError(f"label map without voxels of {which} codes; check --target_labels and --reference_labels")
     level = float(pet[base].mean())
     return float(pet[inside].mean()) / max(level, 1e-6)
 
 
 def region_settings(config: Config) -> tuple[tuple[int, ...], tuple[int, ...], float] | None:
-    """Target codes, reference codes and threshold from the options or data_info/prepare.json; None if they are not all known."""
+    """Target codes, reference codes, threshold: options, else data_info/prepare.json; None if not all are known."""
     record = read_record(config)
     target = config.target_labels or tuple(record.get("target_labels", ()))
     reference = config.reference_labels or tuple(record.get("reference_labels", ()))
@@ -44,7 +46,9 @@ def region_settings(config: Config) -> tuple[tuple[int, ...], tuple[int, ...], f
 def load_regions(config: Config, name: str, shape: tuple[int, ...]) -> np.ndarray:
     labels = nifti.load_labels(dataset.find_volume(config.regions, name))
     if labels.shape != tuple(shape):
-        raise UserError(f"{dataset.stem(name)}: region map of shape {labels.shape} in {config.regions}, PET has {tuple(shape)}")
+        raise UserError(
+            f"{dataset.stem(name)}: region map of shape {labels.shape} in {config.regions}, PET has {tuple(shape)}"
+        )
     return labels.data
 
 
@@ -71,7 +75,9 @@ def shrink(volume: torch.Tensor) -> torch.Tensor:
     return F.avg_pool3d(volume, factor, ceil_mode=True) if factor > 1 else volume
 
 
-def fit_classifier(inputs: torch.Tensor, targets: torch.Tensor, classes: int, config: Config, rt: runtime.Runtime, what: str) -> SmallClassifier:
+def fit_classifier(
+    inputs: torch.Tensor, targets: torch.Tensor, classes: int, config: Config, rt: runtime.Runtime, what: str
+) -> SmallClassifier:
     """Train on inputs (N, 1, d, h, w) with integer targets (N,); class-balanced, left-right flips, seeded by `what`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -107,7 +113,7 @@ def stack(volumes: dataset.Volumes, names: list[str]) -> torch.Tensor:
 def detection_report(
     status: np.ndarray, scores: dict[str, np.ndarray], cutoffs: dict[str, float], config: Config
 ) -> dict[str, dict]:
-    """ROC-AUC with bootstrap interval and balanced accuracy of each score against 0/1 status, and what chance gives at this n."""
+    """ROC-AUC with bootstrap interval and balanced accuracy of each score against 0/1 status; and of chance."""
     report = {}
     for name, values in scores.items():
         report[name] = metrics.roc_auc(status, values, seed=config.seed, resamples=config.bootstrap)
@@ -115,13 +121,25 @@ def detection_report(
     if 0 < status.sum() < len(status):
         rng = np.random.default_rng(config.seed)
         chance = [metrics.roc_auc(status, rng.random(len(status)), seed=0, resamples=1)["auc"] for _ in range(500)]
-        report["chance (random scores)"] = {"auc": float(np.mean(chance)), "ci": tuple(np.percentile(chance, [2.5, 97.5]).tolist()), "balanced_accuracy": 0.5}
+        report["chance (random scores)"] = {
+            "auc": float(np.mean(chance)),
+            "ci": tuple(np.percentile(chance, [2.5, 97.5]).tolist()),
+            "balanced_accuracy": 0.5,
+        }
     return report
 
 
-def baseline_scores(config: Config, rt: runtime.Runtime, train: list[str], status: np.ndarray, mri: dataset.Volumes, pet: dataset.Volumes,
-                    test: list[str], synthetic: list[np.ndarray]) -> dict[str, np.ndarray]:  # fmt: skip
-    """Probability of a positive status from CNNs trained on the training split: MRI only; real PET, applied to real and synthetic PET."""
+def baseline_scores(
+    config: Config,
+    rt: runtime.Runtime,
+    train: list[str],
+    status: np.ndarray,
+    mri: dataset.Volumes,
+    pet: dataset.Volumes,
+    test: list[str],
+    synthetic: list[np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Probability of a positive status from CNNs fitted on the training split: of MRI, and of PET (real, synthetic)."""
     targets = torch.from_numpy(status.astype(np.int64))
     from_mri = fit_classifier(stack(mri, train), targets, 2, config, rt, "status from MRI")
     from_pet = fit_classifier(stack(pet, train), targets, 2, config, rt, "status from PET")
@@ -133,21 +151,26 @@ def baseline_scores(config: Config, rt: runtime.Runtime, train: list[str], statu
     }
 
 
-def predict_labels(config: Config, inputs: dict[str, Path], rt: runtime.Runtime) -> dict[str, int]:
-    """Diagnosis label per input MRI from a small CNN, trained once on the training list and kept in the run folder (--label predicted)."""
+def predict_labels(config: Config, inputs: dict[str, Path], load_mri: Callable, rt: runtime.Runtime) -> dict[str, int]:
+    """Diagnosis label per input MRI from a small CNN (--label predicted).
+
+    It is trained on the training list, and kept in the run folder as long as list, labels and options stay the same.
+    """
+    names, table = dataset.read_list(config.list_path("train")), dataset.read_labels(config)
+    labels = {dataset.stem(name): dataset.label_of(table, name, config) for name in names}
+    settings = {"labels": labels, "steps": config.classifier_steps, "seed": config.seed, "classes": config.num_classes}
     path = config.run_folder / "label_classifier.pt"
-    if not path.is_file() and rt.is_main:
-        names, table = dataset.read_list(config.list_path("train")), dataset.read_labels(config)
-        targets = torch.tensor([dataset.label_of(table, name, config) for name in names])
+    if rt.is_main and not (path.is_file() and checkpoint.load(path)["settings"] == settings):
         mri, _ = dataset.open_volumes(config)
+        targets = torch.tensor(list(labels.values()))
         model = fit_classifier(stack(mri, names), targets, config.num_classes, config, rt, "label from MRI")
-        checkpoint.save(path, {"state_dict": model.state_dict(), "classes": config.num_classes})
+        checkpoint.save(path, {"settings": settings, "state_dict": model.state_dict()})
     rt.barrier()
-    saved = checkpoint.load(path)
-    model = SmallClassifier(saved["classes"]).to(rt.device).eval()
-    model.load_state_dict(saved["state_dict"])
-    cache, labels = VolumeCache(None), {}
-    for name, file in inputs.items():
-        x = dataset.Volumes(str(file.parent), cache).tensor(file.name)
-        labels[name] = int(probabilities(model, shrink(x)[None], rt)[0].argmax())
-    return labels
+    model = SmallClassifier(config.num_classes).to(rt.device).eval()
+    model.load_state_dict(checkpoint.load(path)["state_dict"])
+
+    def predict(file: Path) -> int:
+        volume = torch.from_numpy(load_mri(file).data)[None]
+        return int(probabilities(model, shrink(volume)[None], rt).argmax())
+
+    return {name: predict(file) for name, file in inputs.items()}

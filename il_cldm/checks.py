@@ -1,4 +1,4 @@
-"""--check: everything about the data that can be known before training. --dry_run: configuration, sizes and memory, touching nothing."""
+"""--check: all about the data that can be known before training. --dry_run: settings, sizes, memory; writes nothing."""
 
 from __future__ import annotations
 
@@ -37,29 +37,34 @@ def check(config: Config, rt: runtime.Runtime) -> None:
         for name in lists["train"]:
             attempt(dataset.label_of, labels, name, config)
     mri, pet = dataset.open_volumes(config)
-    shapes = {attempt(dataset.check_volumes, volumes, names, rt, what) for volumes, what in ((mri, "MRI"), (pet, "PET"))}
-    for name in names:
+    shape = None
+    for volumes in (mri, pet):
+        shape = attempt(dataset.check_shapes, volumes, names)
+    for name in rt.shard(names):
+        for volumes in (mri, pet):
+            attempt(dataset.check_voxels, volumes, name)
         attempt(dataset.check_pairs, mri, pet, [name])
     with_regions = Path(config.regions).is_dir()
-    if with_regions:
-        for name in names:
-            attempt(check_region, config, name, mri)
-    everywhere = [p for part in rt.gather(problems) for p in part]
-    unique = list(dict.fromkeys(everywhere))
-    if unique:
-        for problem in unique if rt.is_main else ():
-            print(f"problem: {problem}")
-        raise UserError(f"{len(unique)} problem(s) in the data, the first: {unique[0]}")
-    counts = Counter(labels[dataset.stem(n)] for n in names if dataset.stem(n) in labels)
+    for name in rt.shard(names) if with_regions else ():
+        attempt(check_region, config, name, mri)
+    problems = list(dict.fromkeys(p for part in rt.gather(problems) for p in part))
+    for problem in problems:
+        rt.print(f"problem: {problem}")
+    if problems:
+        raise UserError(f"{len(problems)} problem(s) in the data, the first: {problems[0]}")
+    counts = dict(sorted(Counter(labels[dataset.stem(n)] for n in names if dataset.stem(n) in labels).items()))
     sizes = ", ".join(f"{len(lists[s])} {s}" for s in SPLITS)
-    rt.print(f"data are fine: {sizes}; volumes {shapes.pop()}; labels {dict(sorted(counts.items()))}; region maps {'yes' if with_regions else 'no'}")
+    maps = "yes" if with_regions else "no"
+    rt.print(f"data are fine: {sizes}; volumes {shape}; labels {counts}; region maps {maps}")
 
 
 def check_region(config: Config, name: str, mri: dataset.Volumes) -> None:
     shape, _ = nifti.header(dataset.find_volume(config.regions, name))
     expected = nifti.header(mri.path(name))[0]
     if shape != expected:
-        raise UserError(f"{dataset.stem(name)}: region map of shape {shape}, MRI has {expected}; remake it on the MRI's grid")
+        raise UserError(
+            f"{dataset.stem(name)}: region map of shape {shape}, MRI {expected}; remake it on the MRI's grid"
+        )
 
 
 class SavedBytes:
@@ -91,29 +96,35 @@ def dry_run(config: Config, rt: runtime.Runtime) -> None:
     shape = data_shape(config)
     local = max(1, math.ceil(config.batch_size / rt.world_size / config.accumulate))
     with torch.device("meta"):
-        autoencoder, discriminator, denoiser = build_autoencoder(config), build_discriminator(config), build_denoiser(config)
+        networks = {"autoencoder": build_autoencoder(config), "discriminator": build_discriminator(config),
+                    "denoiser": build_denoiser(config)}  # fmt: skip
+        autoencoder, discriminator, denoiser = networks.values()
         x = torch.zeros(local, 1, *shape)
         with SavedBytes() as stage1:
             x_hat = autoencoder(x)[0]
             logits = discriminator(x)
             reconstruction_loss(x_hat, x)
             discriminator(x_hat.detach().requires_grad_())
-        z = autoencoder.encode(x)[:, : config.latent_dim]
+        z = autoencoder.encode(x).detach()
+        index = torch.zeros(local, dtype=torch.long)
         with SavedBytes() as stage2:
-            denoiser(z.detach(), denoiser.condition(x), torch.zeros(local, dtype=torch.long), torch.zeros(local, dtype=torch.long))
-    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in
-              (("autoencoder", autoencoder), ("discriminator", discriminator), ("denoiser", denoiser))}  # fmt: skip
+            denoiser(z, denoiser.condition(x), index, index)
     if not rt.is_main:
         return
     print(json.dumps(to_dict(config), indent=2))
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     for name, count in counts.items():
         print(f"{name}: {count:,} parameters")
     print(f"PET and MRI {tuple(x.shape)} -> latent {tuple(z.shape)}, discriminator logits {tuple(logits.shape)}")
     half = 2 if rt.autocast_dtype else 1  # autocast keeps most activations in 16 bits
-    for name, nets, copies, saved in (("stage 1", ("autoencoder", "discriminator"), 4, stage1), ("stage 2", ("denoiser",), 5, stage2)):
-        weights = copies * 4 * sum(counts[n] for n in nets)
-        print(f"{name}: about {(weights + saved.total / half) / 2**30:.1f} GiB per rank at {local} volume(s) a step "
-              f"(weights, gradients, Adam{', EMA' if copies == 5 else ''} {weights / 2**30:.1f}; activations {saved.total / half / 2**30:.1f})")  # fmt: skip
+    for stage, trained, saved, what in (
+        ("stage 1", ("autoencoder", "discriminator"), stage1, ("weights", "gradients", "Adam", "Adam")),
+        ("stage 2", ("denoiser",), stage2, ("weights", "gradients", "Adam", "Adam", "EMA")),
+    ):
+        fixed = len(what) * 4 * sum(counts[name] for name in trained) / 2**30
+        activations = saved.total / half / 2**30
+        print(f"{stage}: about {fixed + activations:.1f} GiB per rank at {local} volume(s) a step "
+              f"({', '.join(dict.fromkeys(what))} {fixed:.1f}; activations {activations:.1f})")  # fmt: skip
 
 
 def data_shape(config: Config) -> tuple[int, ...]:

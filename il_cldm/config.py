@@ -86,6 +86,7 @@ class Config(TrainOptions):
     noiseSteps: int = option(1000, "length T of the noise schedule", group="stage 2")
     beta_start: float = option(1e-4, "first beta of the linear schedule", group="stage 2")
     beta_end: float = option(0.02, "last beta of the linear schedule", group="stage 2")
+    prediction: str = option("eps", "what the denoiser predicts: eps as published, or v, which trains faster and lets few-step samplers start well", choices=("eps", "v"), group="stage 2")
     time_dim: int = option(128, "width of the time and label embedding", group="stage 2")
     num_classes: int = option(4, "diagnosis classes: label_id 0 .. num_classes-1", group="stage 2")
     label_dropout: float = option(0.15, "share of training labels replaced by the learned null class; 0: label always given", group="stage 2")

@@ -1,7 +1,7 @@
 """Who is in the study and what their volumes hold: split lists, labels, checks, datasets.
 
-Layout (the original's): PET and MRI of a subject carry the same file name in two folders; `train.txt`, `val.txt`, `test.txt` list
-file names (bare ids work too); `data_info.csv` has the columns `filename,label_id` (or `ID,label`).
+Layout (the original's): PET and MRI of a subject carry the same file name in two folders; `train.txt`, `val.txt` and
+`test.txt` list file names (bare ids work too); `data_info.csv` has the columns `filename,label_id` (or `ID,label`).
 Volumes are (D, H, W) float32 in RAS+ order with values in [0, 1]; every axis is a multiple of 4.
 """
 
@@ -71,12 +71,17 @@ def read_list(path: Path) -> list[str]:
 
 
 def read_labels(config: Config) -> dict[str, int]:
-    """Diagnosis label per file stem from `data_info.csv`; UserError on bad columns, duplicates, non-integers or values out of range."""
+    """Diagnosis label per file stem from `data_info.csv`; UserError on bad columns, duplicates, bad values."""
     path = Path(config.data_info) / "data_info.csv"
     if not path.is_file():
         raise UserError(f"no label table {path}; give a CSV with the columns filename,label_id")
-    table = pd.read_csv(path, encoding="ISO-8859-1", dtype=str, skipinitialspace=True)
-    columns = {c.strip().lower(): c for c in table.columns}
+    try:
+        table = pd.read_csv(path, encoding="ISO-8859-1", dtype=str, skipinitialspace=True)
+    except pd.errors.ParserError as error:
+        raise UserError(f"{path} is no table ({error}); give a CSV with the columns filename,label_id") from error
+    except pd.errors.EmptyDataError as error:
+        raise UserError(f"{path} is empty; give a CSV with the columns filename,label_id") from error
+    columns = {c.removeprefix("ï»¿").strip().lower(): c for c in table.columns}  # Excel writes a byte-order mark
     key = next((columns[c] for c in ("filename", "id") if c in columns), None)
     value = next((columns[c] for c in ("label_id", "label") if c in columns), None)
     if key is None or value is None:
@@ -91,16 +96,16 @@ def read_labels(config: Config) -> dict[str, int]:
         except (TypeError, ValueError):
             number = float("nan")
         if not number.is_integer() or not 0 <= number < config.num_classes:
-            raise UserError(
-                f"{name} has label {text!r} in {path}; labels are whole numbers from 0 to {config.num_classes - 1} (--num_classes)"
-            )
+            raise UserError(f"{name} has label {text!r} in {path}; labels are whole numbers from 0 to "
+                            f"{config.num_classes - 1} (--num_classes)")  # fmt: skip
         labels[name] = int(number)
     return labels
 
 
 def label_of(labels: dict[str, int], name: str, config: Config) -> int:
     if stem(name) not in labels:
-        raise UserError(f"{stem(name)} has no row in {Path(config.data_info) / 'data_info.csv'}; add filename,label_id for it")
+        table = Path(config.data_info) / "data_info.csv"
+        raise UserError(f"{stem(name)} has no row in {table}; add filename,label_id for it")
     return labels[stem(name)]
 
 
@@ -146,33 +151,42 @@ def open_volumes(config: Config) -> tuple[Volumes, Volumes]:
 
 
 def check_volumes(volumes: Volumes, names: list[str], runtime=None, what: str = "volumes") -> tuple[int, int, int]:
-    """Verify shape, divisibility by 4, finiteness and range of every volume (filling the cache on the way); returns the common shape.
+    """UserError unless shape and values of every volume are usable; fills the cache and returns the common shape.
 
     Headers of all files are compared first, since that is fast; then voxels are read, sharded over ranks.
     """
+    shape = check_shapes(volumes, names)
+    mine = runtime.shard(names) if runtime else names
+    with progress(len(mine), 0, f"check {what}", enabled=runtime is None or runtime.is_main) as bar:
+        for name in mine:
+            check_voxels(volumes, name)
+            bar.update()
+    return shape
+
+
+def check_shapes(volumes: Volumes, names: list[str]) -> tuple[int, int, int]:
+    """The common shape of all volumes; UserError if they differ or do not fit the networks."""
     shapes = {name: nifti.header(volumes.path(name))[0] for name in names}
     common = Counter(shapes.values()).most_common(1)[0][0]
     for name, shape in shapes.items():
+        where = f"{stem(name)}: shape {shape} in {volumes.folder}"
         if shape != common:
-            raise UserError(f"{stem(name)}: shape {shape} in {volumes.folder}, the others have {common}; run --prepare on it")
+            raise UserError(f"{where}, the others have {common}; run --prepare on it")
         if any(s % 4 or s < 16 for s in shape):
-            raise UserError(
-                f"{stem(name)}: shape {shape} in {volumes.folder}; every axis must be a multiple of 4 and at least 16 (crop or pad with --prepare)"
-            )
-    mine = runtime.shard(names) if runtime else names
-    bar = progress(len(mine), 0, f"check {what}", enabled=runtime is None or runtime.is_main)
-    for name in mine:
-        check_values(volumes.load(name), volumes.path(name))
-        bar.update()
-    bar.close()
+            raise UserError(f"{where}; every axis must be a multiple of 4 and at least 16: crop or pad with --prepare")
     return common
+
+
+def check_voxels(volumes: Volumes, name: str) -> None:
+    check_values(volumes.load(name), volumes.path(name))
 
 
 def check_values(volume: np.ndarray, path: Path) -> None:
     """UserError unless a volume has contrast and lies in [0, 1]."""
     low, high = float(volume.min()), float(volume.max())
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise UserError(f"{stem(path.name)}: values from {low:.4g} to {high:.4g} in {path}; volumes are scaled to [0, 1]: run --prepare")
+        raise UserError(f"{stem(path.name)}: values from {low:.4g} to {high:.4g} in {path}; volumes are scaled to "
+                        "[0, 1]: run --prepare")  # fmt: skip
     if high <= low:
         raise UserError(f"{stem(path.name)}: every voxel of {path} is {low:.4g}; remove the subject or repair the file")
 
@@ -182,9 +196,12 @@ def check_pairs(mri: Volumes, pet: Volumes, names: list[str]) -> None:
     for name in names:
         (shape_m, affine_m), (shape_p, affine_p) = nifti.header(mri.path(name)), nifti.header(pet.path(name))
         if shape_m != shape_p:
-            raise UserError(f"{stem(name)}: MRI has shape {shape_m}, PET {shape_p}; both must lie on one grid (run --prepare)")
+            raise UserError(f"{stem(name)}: MRI has shape {shape_m}, PET {shape_p}; put both on one grid (--prepare)")
         if not np.allclose(affine_m, affine_p, atol=0.1):
-            raise UserError(f"{stem(name)}: affines of MRI and PET differ by up to {np.abs(affine_m - affine_p).max():.3g}; register them (run --prepare)")
+            off = np.abs(affine_m - affine_p).max()
+            raise UserError(
+                f"{stem(name)}: affines of MRI and PET differ by up to {off:.3g}; register them (--prepare)"
+            )
 
 
 def augment(volume: np.ndarray, shift: int, flip: bool, rng: np.random.Generator) -> np.ndarray:

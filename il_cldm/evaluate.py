@@ -1,4 +1,4 @@
-"""--evaluate: synthetic against true PET, with the two brackets a number needs (autoencoder ceiling, mean-image baseline) and amyloid status."""
+"""--evaluate: synthetic against true PET, between autoencoder ceiling and mean-image baseline; and amyloid status."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common import figures, metrics, nifti, runtime
 from common.cli import UserError
@@ -36,21 +35,22 @@ def compare(pred: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> dict[str, 
 
 
 def evaluate(config: Config, rt: runtime.Runtime) -> dict:
-    """Write evaluation.csv (a row per subject and method), evaluation.json (summaries, detection) and figures beside the synthetic PET."""
+    """Write evaluation.csv (a row per subject and method), evaluation.json (summaries, detection) and figures.
+
+    They go beside the synthetic PET. Every listed subject counts; none is dropped.
+    """
     # ---- data
     folder = Path(config.out or config.syn_Abeta)
     lists = dataset.check_splits(config)
     names, train = lists[config.split], lists["train"]
+    record = generation_record(folder, names)
     mri, pet = dataset.open_volumes(config)
-    dataset.check_volumes(pet, names, rt, "true PET")
-    record_path = folder / "generation.json"
-    if not record_path.is_file():
-        raise UserError(f"no synthetic PET in {folder}; make it with `python il_cldm/main.py --gen`")
-    record = json.loads(record_path.read_text())
+    dataset.check_volumes(pet, list(dict.fromkeys(train + names)), rt, "true PET")
     autoencoder, aae_hash = aae.load_autoencoder(config, rt)
-    regions = amyloid.region_settings(config) if Path(config.regions).is_dir() else None
+    with_regions = Path(config.regions).is_dir()
+    regions = amyloid.region_settings(config) if with_regions else None
 
-    # ---- subjects: every listed one, none is dropped
+    # ---- subjects
     mean_pet = mean_image(pet, train)
     rows, suvrs = [], []
     mine = rt.shard(names)
@@ -73,22 +73,46 @@ def evaluate(config: Config, rt: runtime.Runtime) -> dict:
     rows.sort(key=lambda r: (r["subject"], METHODS.index(r["method"])))
     suvrs.sort(key=lambda r: r["subject"])
     write_csv(folder / "evaluation.csv", rows)
+    summaries = {m: {c: summary([r[c] for r in rows if r["method"] == m], config) for c in COLUMNS} for m in METHODS}
     report = {
-        "n": len(names), "split": config.split, "data_range": 1.0, "generation": {k: v for k, v in record.items() if k != "labels"}, "aae": aae_hash,
-        "ssim": "3D gaussian sigma 1.5, 11 wide, valid border", "ssim_uniform": "uniform 7x7x7, reflected border (the original's)",
-        "mask": "region map > 0" if Path(config.regions).is_dir() else f"MRI > {config.mask_threshold}",
-        "metrics": {m: {c: metrics.summary([r[c] for r in rows if r["method"] == m], seed=config.seed) for c in COLUMNS} for m in METHODS},
-        "synthetic_minus_mean_image": {c: metrics.summary(paired(rows, c, "synthetic", "mean_image"), seed=config.seed) for c in COLUMNS},
-    }  # fmt: skip
+        "n": len(names),
+        "split": config.split,
+        "data_range": 1.0,
+        "generation": {k: v for k, v in record.items() if k != "labels"},
+        "aae": aae_hash,
+        "ssim": "3D gaussian sigma 1.5, 11 wide, valid border",
+        "ssim_uniform": "uniform 7x7x7, reflected border (the original's)",
+        "mask": "region map > 0" if with_regions else f"MRI > {config.mask_threshold}",
+        "metrics": summaries,
+        "synthetic_minus_mean_image": {c: summary(paired(rows, c, "synthetic", "mean_image"), config) for c in COLUMNS},
+    }
     if regions:
         write_csv(folder / "suvr.csv", suvrs)
-        report["amyloid"] = detection(config, rt, regions, record, lists, names, mri, pet, folder, suvrs)
+        report["amyloid"] = detection(config, rt, regions, record, train, names, mri, pet, folder, suvrs)
     else:
-        report["amyloid"] = {"skipped": f"needs region maps in {config.regions} and --target_labels, --reference_labels, --suvr_threshold"}
+        options = "--target_labels, --reference_labels, --suvr_threshold"
+        report["amyloid"] = {"skipped": f"needs region maps in {config.regions} and {options}"}
     write_json(folder / "evaluation.json", report)
     draw(folder, names[0], pet, load_methods(names[0], folder, pet, autoencoder, mean_pet, rt), suvrs)
     print_report(report, folder)
     return report
+
+
+def generation_record(folder: Path, names: list[str]) -> dict:
+    """generation.json of a folder; UserError unless --gen has written every one of these subjects there."""
+    path = folder / "generation.json"
+    if not path.is_file():
+        raise UserError(f"no synthetic PET in {folder}; make it with `python il_cldm/main.py --gen`")
+    record = json.loads(path.read_text())
+    written = {dataset.stem(name) for name in record["labels"] if (folder / name).is_file()}
+    for name in map(dataset.stem, names):
+        if name not in written:
+            raise UserError(f"{name}: no synthetic PET in {folder}; make it with `python il_cldm/main.py --gen`")
+    return record
+
+
+def summary(values: list[float], config: Config) -> dict:
+    return metrics.summary(values, seed=config.seed)
 
 
 def mean_image(pet: dataset.Volumes, train: list[str]) -> np.ndarray:
@@ -99,13 +123,14 @@ def mean_image(pet: dataset.Volumes, train: list[str]) -> np.ndarray:
     return (total / len(train)).astype(np.float32)
 
 
-def load_methods(name: str, folder: Path, pet: dataset.Volumes, autoencoder, mean_pet: np.ndarray, rt) -> dict[str, np.ndarray]:
-    """Synthetic PET, autoencoder reconstruction of the true PET (ceiling) and the mean image; UserError if grids disagree."""
+def load_methods(name: str, folder: Path, pet: dataset.Volumes, autoencoder, mean_pet: np.ndarray, rt) -> dict:
+    """Synthetic PET, reconstruction of the true one (ceiling), mean image, (D, H, W); UserError if grids differ."""
     path = pet.path(name)
     synthetic = nifti.load(dataset.find_volume(folder, name))
     shape, affine = nifti.header(path)
     if synthetic.shape != shape or not np.allclose(synthetic.affine, affine, atol=0.1):
-        raise UserError(f"{dataset.stem(name)}: synthetic PET ({synthetic.shape}) and {path} ({shape}) lie on different grids; generate from the prepared MRI")
+        raise UserError(f"{dataset.stem(name)}: synthetic PET ({synthetic.shape}) and {path} ({shape}) lie on "
+                        "different grids; generate from the prepared MRI")  # fmt: skip
     recon = aae.reconstruct(autoencoder, pet.tensor(name)[None], rt)[0, 0].numpy()
     return dict(zip(METHODS, (synthetic.data, recon, mean_pet), strict=True))
 
@@ -123,23 +148,29 @@ def paired(rows: list[dict], column: str, first: str, second: str) -> list[float
     return [by[s, first] - by[s, second] for s, m in by if m == first]
 
 
-def detection(config: Config, rt, regions, record, lists, names, mri, pet, folder, suvrs) -> dict:
+def detection(config: Config, rt, regions, record, train, names, mri, pet, folder, suvrs) -> dict:
     """Amyloid status of the true PET against scores from synthetic PET, with an MRI-only baseline and chance."""
     target, reference, threshold = regions
+    names = sorted(names, key=dataset.stem)  # the order of `suvrs`
+
+    def true_status(name: str) -> bool:
+        volume = pet.load(name)
+        return amyloid.suvr(volume, amyloid.load_regions(config, name, volume.shape), target, reference) >= threshold
+
     status = np.array([row["true"] >= threshold for row in suvrs]).astype(int)
-    subjects = [row["subject"] for row in suvrs]
-    names = sorted(names, key=lambda n: subjects.index(dataset.stem(n)))
-    train = lists["train"]
-    train_status = np.array([
-        amyloid.suvr(pet.load(n), amyloid.load_regions(config, n, pet.load(n).shape), target, reference) >= threshold for n in train
-    ]).astype(int)  # fmt: skip
+    train_status = np.array([true_status(name) for name in train]).astype(int)
     true, synthetic = np.array([r["true"] for r in suvrs]), np.array([r["synthetic"] for r in suvrs])
     result = {
-        "target_labels": list(target), "reference_labels": list(reference), "suvr_threshold": threshold, "n": len(names),
-        "n_positive": int(status.sum()), "status": "true PET's composite SUVR at or above the threshold",
-        "suvr_mae": float(np.abs(true - synthetic).mean()), "suvr_bias": float((synthetic - true).mean()),
+        "target_labels": list(target),
+        "reference_labels": list(reference),
+        "suvr_threshold": threshold,
+        "n": len(names),
+        "n_positive": int(status.sum()),
+        "status": "true PET's composite SUVR at or above the threshold",
+        "suvr_mae": float(np.abs(true - synthetic).mean()),
+        "suvr_bias": float((synthetic - true).mean()),
         "suvr_correlation": float(np.corrcoef(true, synthetic)[0, 1]) if min(true.std(), synthetic.std()) > 0 else 0.0,
-    }  # fmt: skip
+    }
     volumes = [nifti.load(dataset.find_volume(folder, n)).data for n in names]
     scores, cutoffs = {"SUVR of synthetic PET": synthetic}, {"SUVR of synthetic PET": threshold}
     if 0 < train_status.sum() < len(train_status) and config.classifier_steps:
@@ -162,28 +193,33 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def draw(folder: Path, name: str, pet: dataset.Volumes, volumes: dict[str, np.ndarray], suvrs: list[dict]) -> None:
-    spacing = nifti.load(pet.path(name)).spacing_mm
+    """Montage of one subject; scatter of SUVR where there are regions."""
+    stem, spacing_mm = dataset.stem(name), nifti.load(pet.path(name)).spacing_mm
     pictures = [("true PET", pet.load(name)), *volumes.items()]
-    figures.montage(folder / "figures" / f"{dataset.stem(name)}.png", pictures, window=(0, 1), difference_to="true PET", spacing_mm=spacing, title=dataset.stem(name))
+    options = dict(window=(0, 1), difference_to="true PET", spacing_mm=spacing_mm, title=stem)
+    figures.montage(folder / "figures" / f"{stem}.png", pictures, **options)
     if suvrs:
-        lines = {m: ([r["true"] for r in suvrs], [r[m] for r in suvrs]) for m in METHODS}
-        figures.curves(folder / "figures" / "suvr.png", lines, xlabel="true composite SUVR", ylabel="SUVR of the method", diagonal=True, points=True)
+        points = {m: ([r["true"] for r in suvrs], [r[m] for r in suvrs]) for m in METHODS}
+        options = dict(xlabel="true composite SUVR", ylabel="SUVR of the method", diagonal=True, points=True)
+        figures.curves(folder / "figures" / "suvr.png", points, **options)
 
 
 def print_report(report: dict, folder: Path) -> None:
     """The table a reader wants first."""
+    columns = ("psnr", "ssim", "mae_mask", "psnr_mask")
     print(f"\n{report['n']} subjects of the {report['split']} list; mask: {report['mask']}; data range 1")
-    print(f"{'':14s}" + "".join(f"{c:>16s}" for c in ("psnr", "ssim", "mae_mask", "psnr_mask")))
+    print(f"{'':14s}" + "".join(f"{c:>16s}" for c in columns))
     for method, table in report["metrics"].items():
-        print(f"{method:14s}" + "".join(f"{table[c]['mean']:>9.4f} ±{table[c]['sd']:6.3f}" for c in ("psnr", "ssim", "mae_mask", "psnr_mask")))
+        print(f"{method:14s}" + "".join(f"{table[c]['mean']:>9.4f} ±{table[c]['sd']:6.3f}" for c in columns))
     found = report["amyloid"]
     if "skipped" in found:
         print(f"amyloid status: skipped, {found['skipped']}")
     else:
-        print(f"composite SUVR: r {found['suvr_correlation']:.3f}, bias {found['suvr_bias']:+.3f}; {found['n_positive']} of {found['n']} positive at {found['suvr_threshold']:.3f}")
+        positive = f"{found['n_positive']} of {found['n']} positive at {found['suvr_threshold']:.3f}"
+        print(f"composite SUVR: r {found['suvr_correlation']:.3f}, bias {found['suvr_bias']:+.3f}; {positive}")
         if "flag" in found:
             print(f"note: {found['flag']}")
         for name, row in found["detection"].items():
-            low, high = row.get("ci", (float("nan"),) * 2)
-            print(f"  {name:28s} AUC {row['auc']:.3f} [{low:.3f}, {high:.3f}]  balanced accuracy {row['balanced_accuracy']:.3f}")
+            auc = "AUC {:.3f} [{:.3f}, {:.3f}]".format(row["auc"], *row["ci"])
+            print(f"  {name:28s} {auc}  balanced accuracy {row['balanced_accuracy']:.3f}")
     print(f"full report: {folder / 'evaluation.json'}")

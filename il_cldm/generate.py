@@ -1,8 +1,9 @@
-"""MRI-only synthesis: one PET per MRI, on the MRI's grid and affine, with optional mean and standard deviation over k samples."""
+"""MRI-only synthesis: one PET per MRI, on the MRI's grid and affine; of k samples the mean and standard deviation."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,75 +18,76 @@ from il_cldm.config import Config
 
 
 def generate(config: Config, rt: runtime.Runtime) -> None:
-    """Write the synthetic PET of a list (or of --mri) plus `generation.json`; finished subjects of the same settings are kept.
+    """Write the synthetic PET of a list (or of --mri) and `generation.json`; finished subjects are kept.
 
-    Needs MRI and the two checkpoints only. The noise of a subject depends on --seed and its name, never on order or batch.
+    Needs MRI and the two checkpoints only. A subject's noise depends on --seed and its name, not on order or company.
     """
     # ---- setup: everything the user can get wrong, before any network call
-    out = Path(config.out or config.syn_Abeta)
-    inputs = find_inputs(config)
-    autoencoder, aae_hash = aae.load_autoencoder(config, rt)
-    trained = ldm.load_denoiser(config, rt, aae_hash)
-    labels = choose_labels(config, inputs, trained.num_classes, rt)
-    if config.native and trained.preparation is None:
-        trained = replace(trained, preparation=prepare.preparation(config))
     if config.samples < 1 or config.gen_batch < 1 or config.steps < 0:
         raise UserError("--samples and --gen_batch start at 1, --steps at 0")
-    for path in inputs.values():
-        shape, _ = nifti.header(path)
-        if not config.native and any(s % aae.COMPRESSION for s in shape):
-            raise UserError(f"{path}: shape {shape} is no multiple of 4 per axis; run --prepare, or add --native to prepare it in memory")
+    out, inputs = Path(config.out or config.syn_Abeta), find_inputs(config)
+    autoencoder, aae_hash = aae.load_autoencoder(config, rt)
+    trained = ldm.load_denoiser(config, rt, aae_hash)
+    grid = trained.preparation or prepare.preparation(config)
+
+    def load_mri(path: Path) -> nifti.Volume:
+        return prepare.prepare_in_memory(path, grid, config) if config.native else nifti.load(path)
+
+    check_inputs(rt.shard(list(inputs.values())), config)
+    labels = choose_labels(config, inputs, load_mri, trained.num_classes, rt)
     record = {
-        "aae": aae_hash, "unet": trained.hash, "seed": config.seed, "sampler": config.sampler, "steps": config.steps, "eta": config.eta,
-        "samples": config.samples, "average": config.average, "label": config.label, "guidance": config.guidance, "native": config.native,
-        "precision": config.precision, "true_label_used": uses_true_label(config), "unit": "PET scaled to [0, 1] as in training",
-        "labels": labels,
+        "aae": aae_hash, "unet": trained.hash, "seed": config.seed, "sampler": config.sampler, "steps": config.steps,
+        "eta": config.eta, "samples": config.samples, "average": config.average, "label": config.label,
+        "guidance": config.guidance, "native": config.native, "precision": config.precision,
+        "true_label_used": uses_true_label(config), "unit": "PET scaled to [0, 1] as in training",
+        "keep_samples": config.keep_samples, "labels": labels,
     }  # fmt: skip
     claim_folder(out, record, config, rt)
 
     # ---- loop over subjects: each rank takes its share
     mine = [name for name in rt.shard(list(inputs)) if not finished(out, name, config)]
-    settings = dict(sampler=config.sampler, steps=config.steps, guidance=config.guidance, eta=config.eta, rt=rt)
     with progress(len(mine), 0, "generate", enabled=rt.is_main) as bar:
         for name in mine:
-            volume = prepare.prepare_in_memory(inputs[name], trained.preparation, config) if config.native else nifti.load(inputs[name])
-            dataset.check_values(volume.data, inputs[name])
+            volume = load_mri(inputs[name])
             mri = torch.from_numpy(volume.data)[None, None]
-            samples = synthesize(trained, autoencoder, mri, labels[name], dataset.stem(name), config, settings)
-            write(out, name, samples, volume, inputs[name], config)
+            samples, mean = synthesize(trained, autoencoder, mri, labels[name], dataset.stem(name), config, rt)
+            write(out, name, samples, mean, volume, inputs[name], config)
             bar.update()
     rt.barrier()
-    if rt.is_main:
-        rt.print(f"{len(inputs)} synthetic PET in {out}")
+    rt.print(f"{len(inputs)} synthetic PET in {out}")
 
 
-def synthesize(trained: ldm.Trained, autoencoder, mri, label, key: str, config: Config, settings: dict) -> np.ndarray:
-    """Samples of one subject, (k, D, H, W) float32 in [0, 1]; with --average latent the one decoded mean latent comes first.
+def synthesize(
+    trained: ldm.Trained, autoencoder, mri: torch.Tensor, label: int | None, key: str, config: Config, rt
+) -> tuple[np.ndarray, np.ndarray]:
+    """A subject's samples (k, D, H, W) in [0, 1] and their mean (D, H, W); mri: (1, 1, D, H, W).
 
-    Sample j draws from the generator of (seed, subject, j).
+    Sample j draws from the generator of (seed, subject, j). With --average latent the mean is the decoded mean latent.
     """
-    rt = settings["rt"]
+    settings = dict(sampler=config.sampler, steps=config.steps, guidance=config.guidance, eta=config.eta, rt=rt)
     cond_map = ldm.condition(trained.denoiser, mri, rt)
+    # A batched convolution rounds differently, and saves no time on a CPU: there one by one, to be exact.
+    batch = 1 if rt.device.type == "cpu" else config.gen_batch
     volumes, latents = [], []
-    for start in range(0, config.samples, config.gen_batch):
-        chunk = range(start, min(start + config.gen_batch, config.samples))
-        generators = [runtime.generator(config.seed, key, j) for j in chunk]
+    for numbers in torch.arange(config.samples).split(batch):
+        generators = [runtime.generator(config.seed, key, j) for j in numbers.tolist()]
         z = ldm.sample_latents(trained.denoiser, trained.schedule, cond_map, label, generators, **settings)
         volumes.append(ldm.decode(autoencoder, z, trained.stats, rt)[:, 0].numpy())
         latents.append(z)
     samples = np.concatenate(volumes)
-    if config.average == "latent" and config.samples > 1:
-        mean = ldm.decode(autoencoder, torch.cat(latents).mean(0, keepdim=True), trained.stats, rt)[:, 0].numpy()
-        samples = np.concatenate([mean, samples])
-    return samples
+    if config.average == "image" or config.samples == 1:
+        return samples, samples.mean(0)
+    z_mean = torch.cat(latents).mean(0, keepdim=True)
+    return samples, ldm.decode(autoencoder, z_mean, trained.stats, rt)[0, 0].numpy()
 
 
 def find_inputs(config: Config) -> dict[str, Path]:
     """Output file name -> MRI path: the split list, one file, or every NIfTI of a folder."""
-    if not config.mri:
-        return {path.name: path for path in (dataset.find_volume(config.whole_MRI, n) for n in dataset.read_list(config.list_path(config.split)))}
     path = Path(config.mri)
-    if path.is_dir():
+    if not config.mri:
+        names = dataset.read_list(config.list_path(config.split))
+        found = [dataset.find_volume(config.whole_MRI, name) for name in names]
+    elif path.is_dir():
         found = sorted(p for p in path.iterdir() if p.name.endswith(dataset.EXTENSIONS))
         if not found:
             raise UserError(f"no .nii or .nii.gz file in {path}; name a folder of MRI or one file with --mri")
@@ -93,10 +95,22 @@ def find_inputs(config: Config) -> dict[str, Path]:
         found = [path]
     else:
         raise UserError(f"no MRI at {path}; give --mri a NIfTI file or a folder")
-    out = Path(config.out or config.syn_Abeta)
-    if out.resolve() in {p.parent.resolve() for p in found}:
-        raise UserError(f"output folder {out} holds the input MRI, which would be overwritten; name another --out")
+    stems = [dataset.stem(p.name) for p in found]
+    if twice := {s for s in stems if stems.count(s) > 1}:
+        raise UserError(f"{path} holds {min(twice)} as .nii and as .nii.gz; keep one of them")
     return {p.name: p for p in found}
+
+
+def check_inputs(paths: list[Path], config: Config) -> None:
+    """UserError for an MRI that cannot be read, is not scaled or does not fit the networks."""
+    for path in paths:
+        volume = nifti.load(path)
+        if config.native:
+            continue
+        if any(s % aae.COMPRESSION for s in volume.shape):
+            raise UserError(f"{path}: shape {volume.shape} is no multiple of {aae.COMPRESSION} per axis; run "
+                            "--prepare, or add --native to prepare it in memory")  # fmt: skip
+        dataset.check_values(volume.data, path)
 
 
 def uses_true_label(config: Config) -> bool:
@@ -104,75 +118,79 @@ def uses_true_label(config: Config) -> bool:
     return config.label not in ("none", "predicted")
 
 
-def choose_labels(config: Config, inputs: dict[str, Path], num_classes: int, rt: runtime.Runtime) -> dict[str, int | None]:
-    """Class fed to the sampler per subject: None (no label), the table's, the MRI classifier's, or one number for all."""
-    names = list(inputs)
+def choose_labels(
+    config: Config, inputs: dict[str, Path], load_mri: Callable, num_classes: int, rt: runtime.Runtime
+) -> dict[str, int | None]:
+    """Class fed to the sampler per subject: None (no label), the table's, the MRI classifier's, or one for all."""
+    config = replace(config, num_classes=num_classes)  # the denoiser decides, not --num_classes
     if config.label == "none":
-        return dict.fromkeys(names)
+        return dict.fromkeys(inputs)
     if config.label == "csv":
         table = dataset.read_labels(config)
-        return {name: dataset.label_of(table, name, config) for name in names}
+        return {name: dataset.label_of(table, name, config) for name in inputs}
     if config.label == "predicted":
         from il_cldm.amyloid import predict_labels  # trains a small classifier: only for those who ask
 
-        return predict_labels(config, inputs, rt)
-    if not config.label.isdigit() or int(config.label) >= num_classes:
-        raise UserError(f"--label {config.label}: give none, csv, predicted or a class number from 0 to {num_classes - 1}")
-    return dict.fromkeys(names, int(config.label))
+        return predict_labels(config, inputs, load_mri, rt)
+    if not config.label.isdecimal() or int(config.label) >= num_classes:
+        raise UserError(f"--label {config.label}: give none, csv, predicted or a class from 0 to {num_classes - 1}")
+    return dict.fromkeys(inputs, int(config.label))
 
 
 def claim_folder(out: Path, record: dict, config: Config, rt: runtime.Runtime) -> None:
-    """Refuse a folder that holds outputs of other settings, unless --overwrite; then write the settings first."""
+    """Enter these subjects in OUT/generation.json; UserError if it holds PET of other settings or files not ours.
+
+    With --overwrite the files of other settings are removed first: those that the old record names, and nothing else.
+    """
     path = out / "generation.json"
-    if path.is_file():
-        old = json.loads(path.read_text())
-        changed = [k for k in record if k != "labels" and old.get(k) != record[k]]
-        if changed and not config.overwrite:
-            what = ", ".join(f"{k} {old.get(k)} -> {record[k]}" for k in changed)
-            raise UserError(f"{out} holds PET of other settings ({what}); name another --out or add --overwrite")
-        stale = list(old.get("labels", {})) if changed else []
-        if not changed:
-            record["labels"] = old["labels"] | record["labels"]
-    else:
-        stale = [name for name in record["labels"] if (out / name).is_file()]
-        if stale and not config.overwrite:
-            raise UserError(f"{out / stale[0]} exists and was not written by --gen; name another --out or add --overwrite")
+    old = json.loads(path.read_text()) if path.is_file() else {"labels": {}}
+    free = ("labels", "keep_samples")
+    changed = [f"{k} {old.get(k)} -> {v}" for k, v in record.items() if k not in free and old.get(k) != v]
+    changed += [f"label of {name} {old['labels'][name]} -> {label}" for name, label in record["labels"].items()
+                if old["labels"].get(name, label) != label]  # fmt: skip
+    if changed and old["labels"] and not config.overwrite:
+        what = ", ".join(changed)
+        raise UserError(f"{out} holds PET of other settings ({what}); name another --out or add --overwrite")
+    for name in record["labels"].keys() - old["labels"].keys():
+        for file in outputs(out, name, record).values():
+            if file.exists():
+                raise UserError(f"{file} was not written by --gen; name another --out")
     rt.barrier()  # every rank has judged the folder before rank 0 changes it
+    if changed and rt.is_main:
+        for name in old["labels"]:
+            for file in outputs(out, name, old).values():
+                file.unlink(missing_ok=True)
+    if not changed:
+        record["labels"] = old["labels"] | record["labels"]
+        record["keep_samples"] |= old["keep_samples"]
     if rt.is_main:
-        for name in stale:  # only what this folder's own record names, never other files
-            for old_file in [out / name, *out.glob(f"*/{name}")]:
-                old_file.unlink(missing_ok=True)
         write_json(path, record)
     rt.barrier()
 
 
-def outputs(out: Path, name: str, config: Config) -> dict[str, Path]:
+def outputs(out: Path, name: str, settings: dict) -> dict[str, Path]:
     """Files of a subject: the PET, and with several samples their standard deviation and (on request) each of them."""
     files = {"pet": out / name}
-    if config.samples > 1:
+    if settings["samples"] > 1:
         files["std"] = out / "std" / name
-        if config.keep_samples:
-            files |= {f"sample{j}": out / f"sample{j}" / name for j in range(config.samples)}
+        if settings["keep_samples"]:
+            files |= {f"sample{j}": out / f"sample{j}" / name for j in range(settings["samples"])}
     return files
 
 
 def finished(out: Path, name: str, config: Config) -> bool:
-    return all(path.is_file() for path in outputs(out, name, config).values())
+    return all(path.is_file() for path in outputs(out, name, vars(config)).values())
 
 
-def write(out: Path, name: str, samples: np.ndarray, volume: nifti.Volume, source: Path, config: Config) -> None:
-    """Store the mean (or the only sample) and its companions with the subject's own affine; --native maps back onto the raw grid."""
-    single = samples[-config.samples :]
-    mean = samples[0] if config.average == "latent" else single.mean(0)
-    maps = {"pet": mean.clip(0, 1)}
+def write(
+    out: Path, name: str, samples: np.ndarray, mean: np.ndarray, volume: nifti.Volume, source: Path, config: Config
+) -> None:
+    """Store a subject's maps with its own affine; --native puts them back on the raw MRI's grid."""
+    maps = {"pet": mean} | {f"sample{j}": sample for j, sample in enumerate(samples)}
     if config.samples > 1:
-        maps["std"] = single.std(0, ddof=1)
-        maps |= {f"sample{j}": single[j] for j in range(config.samples)}
-    if config.native:
-        shape, affine = nifti.header(source)
-        maps = {k: nifti.resample_to(nifti.Volume(v.astype(np.float32), volume.affine), shape, affine).data.clip(0, 1) for k, v in maps.items()}
-    else:
-        affine = volume.affine
-    for key, path in outputs(out, name, config).items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nifti.save(path, maps[key].astype(np.float32), affine)
+        maps["std"] = samples.std(0, ddof=1)
+    for key, path in outputs(out, name, vars(config)).items():
+        result = nifti.Volume(maps[key].astype(np.float32), volume.affine)
+        if config.native:
+            result = nifti.resample_to(result, *nifti.header(source))
+        nifti.save(path, result.data.clip(0, 1), result.affine)

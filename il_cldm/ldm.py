@@ -1,6 +1,7 @@
-"""Stage 2 of IL-CLDM: a 3D U-Net denoises PET latents, conditioned on the MRI (concatenated feature map) and the label (added to the time).
+"""Stage 2 of IL-CLDM: a 3D U-Net denoises PET latents, given the MRI (concatenated map) and the label (added to t).
 
-Ou et al., IEEE JBHI 29(2):1221-1231, 2025. `ldm_loss` is the objective; `train_ldm` the loop around it; `sample_latents` the sampler.
+Ou et al., IEEE JBHI 29(2):1221-1231, 2025. `ldm_loss` is the objective, `train_ldm` the loop around it,
+`sample_latents` the sampler.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,8 +27,9 @@ from il_cldm.model import build_denoiser
 from il_cldm.prepare import preparation
 
 ARCHITECTURE = (
-    "latent_dim", "unet_channels", "unet_mults", "unet_groups", "unet_res_blocks", "unet_attn_res", "image_size", "unet_dropout",
-    "time_dim", "num_classes", "label_dropout", "noiseSteps", "beta_start", "beta_end",
+    "latent_dim", "unet_channels", "unet_mults", "unet_groups", "unet_res_blocks", "unet_attn_res", "image_size",
+    "unet_dropout", "time_dim", "num_classes", "label_dropout", "noiseSteps", "beta_start", "beta_end",
+    "prediction",
 )  # fmt: skip
 
 
@@ -44,17 +45,18 @@ class DenoiserWithMri(nn.Module):
 
 
 def noise_schedule(config) -> schedulers.Schedule:
-    return schedulers.make_schedule("linear", config.noiseSteps, config.beta_start, config.beta_end)
+    return schedulers.make_schedule("linear", config.noiseSteps, config.beta_start, config.beta_end, config.prediction)
 
 
 def ldm_loss(model, schedule, z_0, mri, label, t, eps) -> torch.Tensor:
-    """Mean squared error of the predicted noise. z_0, eps: (B, C, d, h, w); mri: (B, 1, D, H, W); t, label: (B,) integers."""
+    """Mean squared error of the predicted noise (or v). z_0, eps (B, C, d, h, w); mri (B, 1, D, H, W); t, label (B,) int."""
     z_t = schedulers.q_sample(schedule, z_0, t, eps)
-    return F.mse_loss(model(z_t, mri, t, label).float(), eps)
+    target = schedulers.training_target(schedule, z_0, t, eps)  # eps itself in the paper
+    return F.mse_loss(model(z_t, mri, t, label).float(), target)
 
 
 def draw(config: Config, step: int, latent_shape: tuple[int, ...], rt: runtime.Runtime):
-    """Timesteps (uniform on 1 .. T-1: the original never visits 0), noise and label-dropout mask of a step: this rank's slices.
+    """This rank's timesteps (uniform on 1 .. T-1: the original never visits 0), noise and label-dropout mask of a step.
 
     Every rank draws the whole global batch from the step's own generator, so N ranks see what one would.
     """
@@ -65,16 +67,17 @@ def draw(config: Config, step: int, latent_shape: tuple[int, ...], rt: runtime.R
     return (runtime.local_slice(x, rt).to(rt.device) for x in (t, eps, dropped))
 
 
-# ---- training -----------------------------------------------------------------------------------------------------------
+# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def train_ldm(config: Config, rt: runtime.Runtime) -> None:
     """Train stage 2 to RESULT/EXP/Unet.pth.tar (best EMA on validation); resumes RESULT/EXP/ldm/checkpoints/last.pt."""
     # ---- data
+    aae.check_options(config, rt)
     lists = dataset.check_splits(config)
     train, validation = lists["train"], lists["validation"]
-    labels = dataset.read_labels(config)
-    labels = {dataset.stem(name): dataset.label_of(labels, name, config) for name in train}
+    table = dataset.read_labels(config)
+    labels = {dataset.stem(name): dataset.label_of(table, name, config) for name in train}
     mri, pet = dataset.open_volumes(config)
     shape = dataset.check_volumes(mri, train + validation, rt, "MRI")
     dataset.check_pairs(mri, pet, validation)
@@ -84,84 +87,79 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total = config.ldm_steps or config.epochs * steps_per_epoch
     last_step = min(total, config.max_steps or total)
+    validate_every = config.ldm_val_every * steps_per_epoch
 
     # ---- model
     torch.manual_seed(config.seed)
     layout = torch.channels_last_3d if config.channels_last else torch.contiguous_format
-    config.latent_dim = latent_shape[0]
+    config = replace(config, latent_dim=latent_shape[0])  # the autoencoder decides, not --latent_dim
     denoiser = build_denoiser(config).to(rt.device, memory_format=layout)
     if config.compile:
         denoiser.compile()
     schedule = noise_schedule(config)
 
     # ---- optimizer and EMA
-    optimizer = torch.optim.AdamW(
-        denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **runtime.fused_optimizer_kwargs(rt.device)
-    )
+    fused = runtime.fused_optimizer_kwargs(rt.device)
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.learning_rate, weight_decay=decay, **fused)
     ema = EMA(denoiser, config.ema_decay, config.ema_start)
     scaler, means = rt.grad_scaler(), Means()
 
     # ---- resume
-    folder = config.run_folder / "ldm"
+    folder, best_path = config.run_folder / "ldm", config.run_folder / "Unet.pth.tar"
     last_path = folder / "checkpoints" / "last.pt"
-    if config.restart and rt.is_main:
-        last_path.unlink(missing_ok=True)
-    rt.barrier()
-    objects = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler, "means": means}
+    aae.claim_run(best_path, last_path, config, rt)
     settings = aae.frozen_settings(config, "stage 2", train) | {"aae": aae_hash}
+    objects = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler, "means": means}
     step, extra = checkpoint.resume_training(last_path, objects=objects, config=settings)
     best, stale = extra.get("best", -math.inf), extra.get("stale", 0)
-    if step >= last_step:
-        rt.print(f"stage 2 is complete at step {step} ({config.unet_path}); more --epochs continue it, --restart begins anew")
+    if aae.is_complete("stage 2", step, last_step, stale, best_path, config, rt):
         return
 
     def save_last():
         if rt.is_main:
-            checkpoint.save_training(last_path, step=step, objects=objects, config=settings, extra={"best": best, "stale": stale})
+            extra = {"best": best, "stale": stale}
+            checkpoint.save_training(last_path, step=step, objects=objects, config=settings, extra=extra)
 
     def save_best(scores):
         if rt.is_main:
-            save_denoiser(config.run_folder / "Unet.pth.tar", ema.module, config, stats, aae_hash, step, scores, shape)
+            save_denoiser(best_path, ema.module, config, stats, aae_hash, step, scores, shape)
 
     # ---- loop
-    model = runtime.wrap_ddp(DenoiserWithMri(denoiser), rt, find_unused_parameters=True)  # the label table rests when no label is given
+    model = runtime.wrap_ddp(DenoiserWithMri(denoiser), rt)
     pairs = dataset.PairDataset(mri, latents, labels, train)
     batches = runtime.training_batches(pairs, config.batch_size, step, config.seed, rt, config.num_workers)
-    validate_every = config.ldm_val_every * steps_per_epoch
     fingerprint = {"train": train, "validation": validation, "shape": list(shape), "aae": aae_hash}
     with (
         RunLog(folder, to_dict(config), start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
         runtime.StopRequest() as stop,
         progress(last_step, step, "stage 2: latent diffusion", enabled=rt.is_main) as bar,
     ):
-        while step < last_step:
-            for group in optimizer.param_groups:
-                group["lr"] = aae.learning_rate(config, step, total)
-            x, z_0, label = (v.to(rt.device, non_blocking=True) for v in next(batches))
-            t, eps, dropped = draw(config, step, latent_shape, rt)
-            if config.label_dropout > 0:  # Deviation (original code): labels are dropped, so sampling without one is a trained case
-                label = torch.where(dropped, config.num_classes, label)
+        if step == 0:
+            save_last()  # claims the folder, and a disk that is too small shows now
+        while step < last_step and not stop.agree(rt):
+            lr = aae.set_learning_rate(config, step, total, optimizer)
+            x_batch, z_batch, label_batch = (v.to(rt.device, non_blocking=True) for v in next(batches))
+            t_batch, eps_batch, dropped = draw(config, step, latent_shape, rt)
+            if config.label_dropout > 0:
+                # Deviation (original code): labels are dropped, so that sampling without one is a trained case.
+                label_batch = torch.where(dropped, config.num_classes, label_batch)
             optimizer.zero_grad(set_to_none=True)
-            for z_i, x_i, label_i, t_i, eps_i in zip(*(v.chunk(config.accumulate) for v in (z_0, x, label, t, eps)), strict=True):
+            batch = (z_batch, x_batch, label_batch, t_batch, eps_batch)
+            for z_0, x, label, t, eps in aae.micro_batches(config.accumulate, *batch):
                 with rt.autocast():
-                    loss = ldm_loss(model, schedule, z_i, x_i, label_i, t_i, eps_i)
+                    loss = ldm_loss(model, schedule, z_0, x, label, t, eps)
                 scaler.scale(loss / config.accumulate).backward()
-                means.add({"loss": loss.detach()})
-            if config.clip_grad:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(denoiser.parameters(), config.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
+                means.add({"loss": loss})
+            aae.update_weights(scaler, config.clip_grad, (optimizer, denoiser))
             ema.update(denoiser)
             step += 1
             bar.update()
 
-            if step % config.log_every == 0 or step == last_step:
-                values = {name: rt.mean(value).item() for name, value in means.pop().items()}
-                if not all(math.isfinite(v) for v in values.values()):
-                    raise UserError(f"stage 2 diverged at step {step}: {values}; lower --learning_rate or set --clip_grad 1 and resume")
-                log.log("train", step, epoch=step / steps_per_epoch, lr=aae.learning_rate(config, step - 1, total), **values)
-                bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()})
+            if step % config.log_every == 0 or step % steps_per_epoch == 0 or step == total:
+                values = aae.mean_losses("stage 2", means, step, rt)
+                log.log("train", step, epoch=step / steps_per_epoch, lr=lr, **values)
+                bar.set_postfix({name: f"{v:.4f}" for name, v in values.items()})
             if step % validate_every == 0 or step == total:
                 scores = validate(ema.module, autoencoder, schedule, stats, mri, pet, validation, config, rt)
                 log.log("val", step, epoch=step / steps_per_epoch, **scores)
@@ -175,25 +173,24 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
                     break
             elif config.save_every and step % config.save_every == 0:
                 save_last()
-            if stop.agree(rt):
-                break
+
         # ---- finish
         save_last()
-        if not (config.run_folder / "Unet.pth.tar").exists():
-            save_best({})  # cut short by --max_steps before its first validation
+        if not best_path.exists():
+            save_best({})  # cut short before its first validation: still a usable file
         rt.barrier()
-    if stop.requested:
-        rt.print(f"stage 2: stopped on request at step {step}; the same command continues")
-        raise SystemExit(stop.exit_status)
+    aae.leave_if_stopped("stage 2", step, last_step, stop, rt)
 
 
-def validate(denoiser, autoencoder, schedule, stats, mri, pet, names, config: Config, rt: runtime.Runtime) -> dict[str, float]:
+def validate(denoiser, autoencoder, schedule, stats, mri, pet, names, config: Config, rt: runtime.Runtime) -> dict:
     """PSNR, SSIM and PSNR + 10·SSIM of one label-free sample per subject, each with its own fixed noise."""
     rows = []
     for name in rt.shard(names):
         cond_map = condition(denoiser, mri.tensor(name)[None], rt)
-        z = sample_latents(denoiser, schedule, cond_map, None, [runtime.generator(config.seed, "validation", dataset.stem(name))],
-                           sampler=config.val_sampler, steps=config.val_steps, rt=rt)  # fmt: skip
+        noise = [runtime.generator(config.seed, "validation", dataset.stem(name))]
+        z = sample_latents(
+            denoiser, schedule, cond_map, None, noise, sampler=config.val_sampler, steps=config.val_steps, rt=rt
+        )
         x_hat = decode(autoencoder, z, stats, rt)[0, 0]
         x = pet.tensor(name)[0]
         rows.append((metrics.psnr(x_hat, x, data_range=1.0), metrics.ssim(x_hat, x, data_range=1.0)))
@@ -201,32 +198,37 @@ def validate(denoiser, autoencoder, schedule, stats, mri, pet, names, config: Co
     return {"psnr": float(psnr), "ssim": float(ssim), "score": float(psnr + 10 * ssim)}
 
 
-# ---- latents and their scale --------------------------------------------------------------------------------------------
+# ---- latents and their scale ----------------------------------------------------------------------------------------
 
 
 def load_latents(config: Config, names: list[str], shape: tuple[int, ...], aae_hash: str) -> tuple[dict, dict]:
     """Training latents by stem, normalised with the training set's mean and SD, and these statistics.
 
-    UserError if latents are missing, of another autoencoder, or of another grid than the MRI.
+    UserError if latents are missing, of another autoencoder or training list, or of another grid than the MRI.
     """
-    record_path = aae.latents_record(config)
-    record = json.loads(record_path.read_text()) if record_path.is_file() else {}
+    path, folder = aae.latents_record(config), config.latent_Abeta
+    record = json.loads(path.read_text()) if path.is_file() else {}
     if "mean" not in record:
-        raise UserError(f"no training latents in {config.latent_Abeta}; encode them with `python il_cldm/main.py --enc`")
+        raise UserError(f"no training latents in {folder}; encode them with `python il_cldm/main.py --enc`")
     if record["aae"] != aae_hash:
-        raise UserError(f"latents in {config.latent_Abeta} come from another autoencoder than {config.aae_path}; run --enc --overwrite")
+        raise UserError(f"{folder} holds latents of another autoencoder than {config.aae_path}; run --enc --overwrite")
+    if record["train_list"] != sorted(map(dataset.stem, names)):
+        raise UserError(f"{folder} has the mean and SD of another training list; run --enc again")
     channels = len(record["mean"])
-    stats = {"mean": record["mean"], "std": record["std"]} if config.normalise_latents else {"mean": [0.0] * channels, "std": [1.0] * channels}
+    stats = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    if config.normalise_latents:
+        stats = {"mean": record["mean"], "std": record["std"]}
     expected = (channels, *(s // aae.COMPRESSION for s in shape))
     latents = {}
-    for name in names:
+    for name in map(dataset.stem, names):
         path = aae.latent_path(config, name)
         if not path.is_file():
-            raise UserError(f"{dataset.stem(name)}: no latent {path}; run --enc again")
+            raise UserError(f"{name}: no latent {path}; run --enc again")
         z = aae.load_latent(path)
         if tuple(z.shape) != expected:
-            raise UserError(f"{dataset.stem(name)}: latent {path} has shape {tuple(z.shape)}, its MRI asks for {expected}; MRI and PET must lie on one grid")
-        latents[dataset.stem(name)] = normalise(z[None], stats)[0]
+            raise UserError(f"{name}: latent {path} has shape {tuple(z.shape)}, its MRI asks for {expected}; MRI and "
+                            "PET must lie on one grid")  # fmt: skip
+        latents[name] = normalise(z[None], stats)[0]
     return latents, stats
 
 
@@ -244,7 +246,7 @@ def denormalise(z: torch.Tensor, stats: dict) -> torch.Tensor:
     return z * _per_channel(stats["std"], z).clamp_min(1e-8) + _per_channel(stats["mean"], z)
 
 
-# ---- sampling -----------------------------------------------------------------------------------------------------------
+# ---- sampling -------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -279,7 +281,7 @@ def sample_latents(
 ) -> torch.Tensor:
     """One normalised latent per generator, (len(generators), C, d, h, w).
 
-    cond_map: (1, 1, d, h, w) from `condition`. label None: the null class where the denoiser has one, else no label vector.
+    cond_map: (1, 1, d, h, w) from `condition`. label None: the null class where there is one, else no label vector.
     steps: denoiser calls; 0 means all of T-1 .. 1. With "ddpm" the published rule: beta variance, no noise after i = 1.
     """
     B, T = len(generators), schedule.T
@@ -299,24 +301,38 @@ def sample_latents(
     denoise = denoise_with(label)
     if label is not None and guidance != 1.0:
         denoise = schedulers.guided(denoise, denoise_with(None), guidance)
-    timesteps = list(range(T - 1, 0, -1)) if not steps or steps >= T - 1 else [round(float(t)) for t in np.linspace(T - 1, 1, steps)]
+    timesteps = list(range(T - 1, 0, -1))
+    if 0 < steps < T - 1:
+        timesteps = np.linspace(T - 1, 1, steps).round().astype(int).tolist()
     # Each sample draws from its own generator: independent of batch and order.
     z_T = schedulers.draw_noise(generators, (B, *latent_shape), rt.device)
+    common = dict(timesteps=timesteps, callback=callback)
     if sampler == "ddpm":
-        return schedulers.ddpm_sample(denoise, z_T, schedule, timesteps, variance="large", final="first", noise=generators, callback=callback)
+        common |= dict(variance="large", final="first")
+        return schedulers.ddpm_sample(denoise, z_T, schedule, noise=generators, **common)
     if sampler == "ddim":
-        return schedulers.ddim_sample(denoise, z_T, schedule, timesteps, eta=eta, noise=generators, callback=callback)
-    return schedulers.dpmpp_2m_sample(denoise, z_T, schedule, timesteps, callback=callback)
+        return schedulers.ddim_sample(denoise, z_T, schedule, eta=eta, noise=generators, **common)
+    return schedulers.dpmpp_2m_sample(denoise, z_T, schedule, **common)
 
 
-# ---- files --------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def save_denoiser(path: Path, denoiser, config: Config, stats: dict, aae_hash: str, step: int, scores: dict, shape) -> None:
+def save_denoiser(path, denoiser, config: Config, stats: dict, aae_hash: str, step: int, scores: dict, shape) -> None:
     state = denoiser.state_dict()
-    architecture = {name: getattr(config, name) for name in ARCHITECTURE}
-    checkpoint.save(path, {"network": "il_cldm denoiser", "state_dict": state, "config": architecture, "latents": stats, "aae": aae_hash,
-                           "step": step, "scores": scores, "shape": list(shape), "preparation": preparation(config), "hash": checkpoint.weights_hash(state)})  # fmt: skip
+    content = {
+        "network": "il_cldm denoiser",
+        "state_dict": state,
+        "config": {name: getattr(config, name) for name in ARCHITECTURE},
+        "latents": stats,
+        "aae": aae_hash,
+        "step": step,
+        "scores": scores,
+        "shape": list(shape),
+        "preparation": preparation(config),
+        "hash": checkpoint.weights_hash(state),
+    }
+    checkpoint.save(path, content)
 
 
 @dataclass(frozen=True)
@@ -335,20 +351,29 @@ def load_denoiser(config: Config, rt: runtime.Runtime, aae_hash: str) -> Trained
     """The trained (EMA) denoiser; reads our files and the original's Unet.pth.tar, which has unnormalised latents."""
     path = config.unet_path
     if not path.is_file():
-        raise UserError(f"no denoiser at {path}; train it with `python il_cldm/main.py --train_ldm` or name one with --checkpoint_unet")
+        raise UserError(f"no denoiser at {path}; train it with `python il_cldm/main.py --train_ldm` or name one with "
+                        "--checkpoint_unet")  # fmt: skip
     saved = checkpoint.load(path, trust_pickle=config.trust_pickle)
     if saved.get("network") == "il_cldm denoiser":
         if saved["aae"] != aae_hash:
-            raise UserError(f"{path} was trained on latents of autoencoder {saved['aae']}, but {config.aae_path} is {aae_hash}; give the matching pair")
+            raise UserError(f"{path} was trained on latents of autoencoder {saved['aae']}, but {config.aae_path} is "
+                            f"{aae_hash}; give the matching pair")  # fmt: skip
         settings = SimpleNamespace(checkpointing=False, **saved["config"])
         denoiser, stats, num_classes = build_denoiser(settings), saved["latents"], settings.num_classes
-        denoiser.load_state_dict(saved["state_dict"])
+        checkpoint.load_weights(denoiser, saved["state_dict"], path)
     else:
         kind, denoiser = upstream.from_checkpoint(saved, path)
         if kind != "UNet":
             raise UserError(f"{path} holds a {kind}, not a denoiser; give --checkpoint_unet the Unet.pth.tar file")
-        settings, channels = SimpleNamespace(noiseSteps=1000, beta_start=1e-4, beta_end=0.02), denoiser.conv_out.out_channels
+        settings = SimpleNamespace(noiseSteps=1000, beta_start=1e-4, beta_end=0.02, prediction="eps")
+        channels, num_classes = denoiser.conv_out.out_channels, denoiser.projector.label.num_embeddings
         stats = {"mean": [0.0] * channels, "std": [1.0] * channels}
-        num_classes = denoiser.projector.label.num_embeddings
     denoiser = denoiser.to(rt.device).eval().requires_grad_(False)
-    return Trained(denoiser, noise_schedule(settings), stats, checkpoint.weights_hash(denoiser.state_dict()), num_classes, saved.get("preparation"))
+    return Trained(
+        denoiser,
+        noise_schedule(settings),
+        stats,
+        checkpoint.weights_hash(denoiser.state_dict()),
+        num_classes,
+        saved.get("preparation"),
+    )

@@ -5,7 +5,8 @@ Ou et al., IEEE JBHI 29(2):1221-1231, 2025 (doi 10.1109/JBHI.2024.3492020). In o
     python il_cldm/make_phantom.py --n_train 48 --n_val 8 --n_test 24 --shape 32 32 32
     python il_cldm/main.py --preset smoke --check --train_aae --test_aae --enc --train_ldm --gen --evaluate
 
-Several flags in one call run in the order of --help. Minutes at this size; at 112x128x112 days on one GPU, as in the paper.
+Several flags in one call run in the order of --help. Minutes at this size; at 112x128x112, as in the paper, days on
+one GPU.
 """
 
 import sys

@@ -3,6 +3,7 @@
     python il_cldm/make_phantom.py                                  # the paper's grid, 80 subjects: minutes
     python il_cldm/make_phantom.py --shape 32 32 32 --out STUDY     # for training on a CPU: under a minute
     python il_cldm/make_phantom.py --coupling independent --out LEAK_TEST  # PET that no MRI can predict
+    python il_cldm/make_phantom.py --from_labels DIR --out STUDY    # PET simulated on DLMUSE label maps of real T1
 
 Subjects are seeded one by one and numbered per split: another --n_train leaves every other subject and split as it was.
 """
@@ -14,6 +15,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root
@@ -50,6 +52,7 @@ class Options(CommonOptions):
         False,
         "also write raw/{mri,pet,labels} for --prepare: other spacing, orientation, origin and units",
     )
+    from_labels: str = option("", "folder of DLMUSE label maps of real T1: simulate PET and labels on them, no phantom")
     overwrite: bool = option(False, "replace a cohort that is already there")
 
 
@@ -156,6 +159,52 @@ def suvr_threshold(shape) -> float:
     )
 
 
+def simulate_on_labels(options: Options) -> None:
+    """Raw PET, diagnosis labels and region settings on DLMUSE label maps of real T1, ready for --prepare.
+
+    Only the anatomy is real. Subjects are ranked by the ventricles' share of the brain; a made-up label and amyloid
+    load follow that rank with noise, as if large ventricles meant disease.
+    """
+    from common import phantom
+    from il_cldm.prepare import scan
+
+    out, maps = Path(options.out), {}
+    for key, path in scan(options.from_labels, "labels").items():
+        maps[key] = nifti.load_labels(path)
+    ventricles, csf = (phantom.codes(phantom.MUSE, n) for n in (("ventricle_left", "ventricle_right"), ("csf",)))
+
+    def share(key):
+        labels = maps[key].data
+        return np.isin(labels, ventricles).sum() / max((~np.isin(labels, [0, *csf])).sum(), 1)
+
+    regions = [phantom.codes(phantom.MUSE, n) for n in (phantom.TARGET, phantom.REFERENCE)]
+    rows, borderline = [], []
+    order = sorted(maps, key=share)
+    with progress(len(order), 0, "PET on real labels", enabled=True) as bar:
+        for rank, key in enumerate(order):
+            rng = np.random.default_rng(np.random.SeedSequence([options.seed, *key.encode()]))
+            level = float(np.clip((rank + 0.5) / len(order) + rng.normal(0, 0.08), 0, 1))
+            labels, load = maps[key], 0.04 + 0.9 * level
+            simulate = partial(phantom.pet_from_labels, labels.data, phantom.MUSE, rng=rng,
+                               spacing_mm=labels.spacing_mm)
+            pet, limit = simulate(amyloid_load=load), simulate(amyloid_load=POSITIVE_LOAD, noise=0.0)
+            borderline.append(phantom.composite_suvr(limit, labels.data, *regions))
+            nifti.save(out / "raw" / "pet" / f"{key}_pet.nii.gz", pet, labels.affine)
+            suvr = phantom.composite_suvr(pet, labels.data, *regions)
+            rows.append({"filename": f"{key}.nii.gz", "label_id": min(int(4 * level), 3), "ventricle_share": share(key),
+                         "amyloid_load": load, "measured_suvr": suvr})  # fmt: skip
+            bar.update()
+    record = {"source": "PET simulated on real label maps, labels made up", "seed": options.seed,
+              "target_labels": regions[0], "reference_labels": regions[1],
+              "suvr_threshold": float(np.mean(borderline)), "label_id": dict(enumerate(DIAGNOSES))}  # fmt: skip
+    (out / "data_info").mkdir(parents=True, exist_ok=True)
+    write_table(out / "truth.csv", rows)
+    write_table(out / "data_info" / "data_info.csv", [{k: row[k] for k in ("filename", "label_id")} for row in rows])
+    (out / "data_info" / "prepare.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"PET and made-up labels on {len(rows)} real label maps in {out}; next: main.py --prepare --root {out} "
+          f"--raw_pet {out / 'raw' / 'pet'} --raw_mask {options.from_labels} --raw_mri FOLDER_OF_T1")  # fmt: skip
+
+
 def check(options: Options) -> None:
     if min(options.shape) < 16 or max(options.shape) > 192:
         raise UserError(f"--shape {options.shape}: every axis between 16 and 192 voxels")
@@ -175,6 +224,8 @@ def check(options: Options) -> None:
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     check(options)
+    if options.from_labels:
+        return simulate_on_labels(options)
     from common import phantom
 
     phantom.template()  # once, before the threads ask for it

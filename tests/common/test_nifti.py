@@ -382,7 +382,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
     def fail(_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(nifti.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UserError, match="disk full" if code == errno.ENOSPC else "cannot write") as error:
         nifti.save(path, np.zeros((3, 4, 5)), np.eye(4))
     assert str(path) in str(error.value)

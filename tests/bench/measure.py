@@ -1,0 +1,41 @@
+"""Time and peak memory of a call."""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ENOUGH_S = 10
+
+
+def peak_gib(device) -> float:
+    """Largest memory of this process so far: CUDA allocator on CUDA, else resident set (libraries included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the parent held when it started this process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def measure(call, rt, repeats) -> dict:
+    """Seconds of the fastest of `repeats` calls of `call()` after an untimed one, and the peak memory in GiB.
+
+    The fastest, because other work on the machine only ever adds time. No new call begins after ENOUGH_S.
+    """
+
+    def timed():
+        start = time.perf_counter()
+        call()
+        if rt.device.type == "cuda":
+            torch.cuda.synchronize(rt.device)
+        return time.perf_counter() - start
+
+    timed()
+    seconds = [timed()]
+    while len(seconds) < repeats and sum(seconds) < ENOUGH_S:
+        seconds.append(timed())
+    return {"seconds": min(seconds), "calls": len(seconds), "peak_gib": peak_gib(rt.device)}
