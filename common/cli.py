@@ -214,7 +214,8 @@ def run(main):
         fail(error)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fail(f"disk full while writing {error.filename or 'output'}: free some space, run the same command again")
+            name = error.filename or "output"
+            fail(f"disk full while writing {name}: free some space and run the same command again")
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise
         fail(f"{error.filename or 'a file'} cannot be used ({error.strerror}): check the path and its permissions")

@@ -91,6 +91,7 @@ class Config(TrainOptions):
     num_classes: int = option(4, "diagnosis classes: label_id 0 .. num_classes-1", group="stage 2")
     label_dropout: float = option(0.15, "share of training labels replaced by the learned null class; 0: label always given", group="stage 2")
     normalise_latents: bool = option(True, "give latents zero mean and unit variance with training-set statistics", group="stage 2")
+    cond_channels: int = option(1, "channels of the MRI feature map that is concatenated with the noisy latent", group="stage 2")
     unet_channels: int = option(128, "base width of the denoiser", group="stage 2")
     unet_mults: tuple[int, ...] = option((1, 2, 2), "width multiplier per level", group="stage 2")
     unet_groups: int = option(32, "groups of the denoiser's group norm", group="stage 2")

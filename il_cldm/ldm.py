@@ -29,7 +29,7 @@ from il_cldm.prepare import preparation
 ARCHITECTURE = (
     "latent_dim", "unet_channels", "unet_mults", "unet_groups", "unet_res_blocks", "unet_attn_res", "image_size",
     "unet_dropout", "time_dim", "num_classes", "label_dropout", "noiseSteps", "beta_start", "beta_end",
-    "prediction",
+    "prediction", "cond_channels",
 )  # fmt: skip
 
 
@@ -281,7 +281,7 @@ def sample_latents(
 ) -> torch.Tensor:
     """One normalised latent per generator, (len(generators), C, d, h, w).
 
-    cond_map: (1, 1, d, h, w) from `condition`. label None: the null class where there is one, else no label vector.
+    cond_map: (1, cond_channels, d, h, w) from `condition`. label None: the null class where there is one, else no label vector.
     steps: denoiser calls; 0 means all of T-1 .. 1. With "ddpm" the published rule: beta variance, no noise after i = 1.
     """
     B, T = len(generators), schedule.T

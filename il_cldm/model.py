@@ -175,15 +175,18 @@ class PatchDiscriminator(nn.Module):
 
 
 class ImageConditioner(nn.Module):
-    """The paper's extractor: MRI (B, 1, D, H, W) -> one feature map of latent size (B, 1, D//4, H//4, W//4)."""
+    """The paper's extractor: MRI (B, 1, D, H, W) -> feature map of latent size (B, channels, D//4, H//4, W//4).
 
-    def __init__(self):
+    The paper has one channel.
+    """
+
+    def __init__(self, channels: int = 1):
         super().__init__()
         width = CONDITIONER_WIDTH
         self.conv_in = halve(1, width)
         self.res = ResidualBlock(width, width, groups=width)
         self.norm_out = nn.GroupNorm(width, width, eps=1e-6)
-        self.conv_out = halve(width, 1)
+        self.conv_out = halve(width, channels)
 
     def forward(self, mri: Tensor) -> Tensor:
         h = self.norm_out(self.res(self.conv_in(mri)))
@@ -267,6 +270,7 @@ class Denoiser(nn.Module):
         time_dim: int,
         num_classes: int,
         null_class: bool,
+        cond_channels: int = 1,
         checkpointing: bool = False,
     ):
         super().__init__()
@@ -278,7 +282,7 @@ class Denoiser(nn.Module):
             return DenoiserBlock(c_in, c_out, time_dim, groups, dropout, attention)
 
         resolution = image_size
-        self.down = nn.ModuleList([conv3(latent_channels + 1, channels)])  # + 1: the MRI feature map
+        self.down = nn.ModuleList([conv3(latent_channels + cond_channels, channels)])
         skips, c = [channels], channels  # channels of every tensor that `down` leaves for the way up
         for level, mult in enumerate(mults):
             for _ in range(res_blocks):
@@ -303,7 +307,7 @@ class Denoiser(nn.Module):
 
         self.norm_out = nn.GroupNorm(groups, c)
         self.conv_out = conv3(c, out_channels)
-        self.extractor = ImageConditioner()
+        self.extractor = ImageConditioner(cond_channels)
 
     def condition(self, mri: Tensor) -> Tensor:
         """MRI (B, 1, D, H, W) -> feature map (B, 1, D//4, H//4, W//4); it depends on neither x_t nor t: cache it."""
@@ -312,7 +316,7 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, cond_map: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Predicted noise, shape (B, out_channels, d, h, w).
 
-        x_t (B, latent_channels, d, h, w), any d, h, w; cond_map (B, 1, d, h, w) from `condition`; t (B,) integer steps;
+        x_t (B, latent_channels, d, h, w), any d, h, w; cond_map (B, cond_channels, d, h, w) from `condition`; t (B,) integer steps;
         label None: no label vector at all, what the original does when it samples (self.null_label is the learned one).
         """
         vector = self.projector(t, label)
@@ -372,5 +376,6 @@ def build_denoiser(config) -> Denoiser:
         time_dim=config.time_dim,
         num_classes=config.num_classes,
         null_class=config.label_dropout > 0,
+        cond_channels=config.cond_channels,
         checkpointing=config.checkpointing,
     )
