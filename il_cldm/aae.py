@@ -301,7 +301,7 @@ def load_autoencoder(config: Config, rt: runtime.Runtime):
                         "with --checkpoint_aae")  # fmt: skip
     saved = checkpoint.load(path, trust_pickle=config.trust_pickle)
     if saved.get("network") == "il_cldm autoencoder":
-        autoencoder = build_autoencoder(SimpleNamespace(checkpointing=False, **saved["config"]))
+        autoencoder = build_autoencoder(Config(**saved["config"]))
         checkpoint.load_weights(autoencoder, saved["state_dict"], path)
     else:
         kind, autoencoder = upstream.from_checkpoint(saved, path)

@@ -73,6 +73,7 @@ def draw(config: Config, step: int, latent_shape: tuple[int, ...], rt: runtime.R
 def train_ldm(config: Config, rt: runtime.Runtime) -> None:
     """Train stage 2 to RESULT/EXP/Unet.pth.tar (best EMA on validation); resumes RESULT/EXP/ldm/checkpoints/last.pt."""
     # ---- data
+    config = replace(config, batch_size=config.ldm_batch_size or config.batch_size)
     aae.check_options(config, rt)
     lists = dataset.check_splits(config)
     train, validation = lists["train"], lists["validation"]
@@ -215,35 +216,50 @@ def load_latents(config: Config, names: list[str], shape: tuple[int, ...], aae_h
     if record["train_list"] != sorted(map(dataset.stem, names)):
         raise UserError(f"{folder} has the mean and SD of another training list; run --enc again")
     channels = len(record["mean"])
-    stats = {"mean": [0.0] * channels, "std": [1.0] * channels}
-    if config.normalise_latents:
-        stats = {"mean": record["mean"], "std": record["std"]}
     expected = (channels, *(s // aae.COMPRESSION for s in shape))
     latents = {}
     for name in map(dataset.stem, names):
         path = aae.latent_path(config, name)
         if not path.is_file():
             raise UserError(f"{name}: no latent {path}; run --enc again")
-        z = aae.load_latent(path)
+        z = latents[name] = aae.load_latent(path)
         if tuple(z.shape) != expected:
             raise UserError(f"{name}: latent {path} has shape {tuple(z.shape)}, its MRI asks for {expected}; MRI and "
                             "PET must lie on one grid")  # fmt: skip
-        latents[name] = normalise(z[None], stats)[0]
-    return latents, stats
+    if not config.normalise_latents:
+        stats = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    elif config.latent_mean == "channel":
+        stats = {"mean": record["mean"], "std": record["std"]}
+    else:
+        stats = voxel_statistics(latents)
+    return {name: normalise(z[None], stats)[0] for name, z in latents.items()}, stats
 
 
-def _per_channel(values, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
+def voxel_statistics(latents: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Mean latent image (C, d, h, w) of the training set, and per channel the SD around it, (C, 1, 1, 1).
+
+    Registered brains are so alike that a channel's own SD is mostly anatomy which everybody shares: what differs between
+    people is then far below unit variance, and sampling decides it only in its last steps. The mean image takes it out.
+    """
+    mean = sum(z.double() for z in latents.values()) / len(latents)
+    variance = sum((z - mean).square().mean(dim=(1, 2, 3), keepdim=True) for z in latents.values()) / len(latents)
+    return {"mean": mean.float(), "std": variance.sqrt().float()}
+
+
+def _statistic(values, like: torch.Tensor) -> torch.Tensor:
+    """A number per channel, or a map (C, d, h, w), to broadcast against latents (B, C, d, h, w)."""
+    values = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    return values.view(1, -1, 1, 1, 1) if values.ndim == 1 else values[None]
 
 
 def normalise(z: torch.Tensor, stats: dict) -> torch.Tensor:
     """(B, C, ...) latents to zero mean and unit variance over the training set."""
-    return (z - _per_channel(stats["mean"], z)) / _per_channel(stats["std"], z).clamp_min(1e-8)
+    return (z - _statistic(stats["mean"], z)) / _statistic(stats["std"], z).clamp_min(1e-8)
 
 
 def denormalise(z: torch.Tensor, stats: dict) -> torch.Tensor:
     """Inverse of `normalise`."""
-    return z * _per_channel(stats["std"], z).clamp_min(1e-8) + _per_channel(stats["mean"], z)
+    return z * _statistic(stats["std"], z).clamp_min(1e-8) + _statistic(stats["mean"], z)
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -358,7 +374,7 @@ def load_denoiser(config: Config, rt: runtime.Runtime, aae_hash: str) -> Trained
         if saved["aae"] != aae_hash:
             raise UserError(f"{path} was trained on latents of autoencoder {saved['aae']}, but {config.aae_path} is "
                             f"{aae_hash}; give the matching pair")  # fmt: skip
-        settings = SimpleNamespace(checkpointing=False, **saved["config"])
+        settings = Config(**saved["config"])
         denoiser, stats, num_classes = build_denoiser(settings), saved["latents"], settings.num_classes
         checkpoint.load_weights(denoiser, saved["state_dict"], path)
     else:
