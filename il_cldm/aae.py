@@ -10,7 +10,6 @@ import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -93,7 +92,7 @@ def train_aae(config: Config, rt: runtime.Runtime) -> None:
 
     # ---- model
     torch.manual_seed(config.seed)
-    layout = torch.channels_last_3d if config.channels_last else torch.contiguous_format
+    layout = memory_layout(config.aae_channels_last)
     autoencoder = build_autoencoder(config).to(rt.device, memory_format=layout)
     discriminator = build_discriminator(config).to(rt.device, memory_format=layout)
     if config.compile:
@@ -234,6 +233,10 @@ def set_learning_rate(config: Config, step: int, total: int, *optimizers: torch.
     return lr
 
 
+def memory_layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
 def micro_batches(n: int, *tensors: torch.Tensor | None):
     """The tensors (B, ...) in n equal parts, side by side; None stays None."""
     return zip(*([None] * n if x is None else x.chunk(n) for x in tensors), strict=True)
@@ -307,7 +310,8 @@ def load_autoencoder(config: Config, rt: runtime.Runtime):
         kind, autoencoder = upstream.from_checkpoint(saved, path)
         if kind != "AAE":
             raise UserError(f"{path} holds a {kind}, not an autoencoder; give --checkpoint_aae the AAE.pth.tar file")
-    autoencoder = autoencoder.to(rt.device).eval().requires_grad_(False)
+    layout = memory_layout(config.aae_channels_last)
+    autoencoder = autoencoder.to(rt.device, memory_format=layout).eval().requires_grad_(False)
     return autoencoder, checkpoint.weights_hash(autoencoder.state_dict())
 
 

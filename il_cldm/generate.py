@@ -33,7 +33,7 @@ def generate(config: Config, rt: runtime.Runtime) -> None:
     def load_mri(path: Path) -> nifti.Volume:
         return prepare.prepare_in_memory(path, grid, config) if config.native else nifti.load(path)
 
-    check_inputs(rt.shard(list(inputs.values())), config)
+    check_inputs(rt.shard(list(inputs.values())), trained, config)
     labels = choose_labels(config, inputs, load_mri, trained.num_classes, rt)
     record = {
         "aae": aae_hash, "unet": trained.hash, "seed": config.seed, "sampler": config.sampler, "steps": config.steps,
@@ -101,7 +101,7 @@ def find_inputs(config: Config) -> dict[str, Path]:
     return {p.name: p for p in found}
 
 
-def check_inputs(paths: list[Path], config: Config) -> None:
+def check_inputs(paths: list[Path], trained: ldm.Trained, config: Config) -> None:
     """UserError for an MRI that cannot be read, is not scaled or does not fit the networks."""
     for path in paths:
         volume = nifti.load(path)
@@ -110,6 +110,7 @@ def check_inputs(paths: list[Path], config: Config) -> None:
         if any(s % aae.COMPRESSION for s in volume.shape):
             raise UserError(f"{path}: shape {volume.shape} is no multiple of {aae.COMPRESSION} per axis; run "
                             "--prepare, or add --native to prepare it in memory")  # fmt: skip
+        ldm.check_grid(trained, volume.shape, path)
         dataset.check_values(volume.data, path)
 
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,7 +50,10 @@ def noise_schedule(config) -> schedulers.Schedule:
 
 
 def ldm_loss(model, schedule, z_0, mri, label, t, eps) -> torch.Tensor:
-    """Mean squared error of the predicted noise (or v). z_0, eps (B, C, d, h, w); mri (B, 1, D, H, W); t, label (B,) int."""
+    """Mean squared error of the predicted noise (or v).
+
+    z_0, eps (B, C, d, h, w); mri (B, 1, D, H, W); t, label (B,) integers.
+    """
     z_t = schedulers.q_sample(schedule, z_0, t, eps)
     target = schedulers.training_target(schedule, z_0, t, eps)  # eps itself in the paper
     return F.mse_loss(model(z_t, mri, t, label).float(), target)
@@ -92,7 +96,7 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
 
     # ---- model
     torch.manual_seed(config.seed)
-    layout = torch.channels_last_3d if config.channels_last else torch.contiguous_format
+    layout = aae.memory_layout(config.unet_channels_last)
     config = replace(config, latent_dim=latent_shape[0])  # the autoencoder decides, not --latent_dim
     denoiser = build_denoiser(config).to(rt.device, memory_format=layout)
     if config.compile:
@@ -238,8 +242,8 @@ def load_latents(config: Config, names: list[str], shape: tuple[int, ...], aae_h
 def voxel_statistics(latents: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Mean latent image (C, d, h, w) of the training set, and per channel the SD around it, (C, 1, 1, 1).
 
-    Registered brains are so alike that a channel's own SD is mostly anatomy which everybody shares: what differs between
-    people is then far below unit variance, and sampling decides it only in its last steps. The mean image takes it out.
+    Registered brains are so alike that a channel's own SD is mostly anatomy which everybody shares: what differs
+    between people is then far below unit variance and hardly enters the loss. The mean image takes out what is shared.
     """
     mean = sum(z.double() for z in latents.values()) / len(latents)
     variance = sum((z - mean).square().mean(dim=(1, 2, 3), keepdim=True) for z in latents.values()) / len(latents)
@@ -297,7 +301,8 @@ def sample_latents(
 ) -> torch.Tensor:
     """One normalised latent per generator, (len(generators), C, d, h, w).
 
-    cond_map: (1, cond_channels, d, h, w) from `condition`. label None: the null class where there is one, else no label vector.
+    cond_map: (1, cond_channels, d, h, w) from `condition`.
+    label None: the null class where there is one, else no label vector.
     steps: denoiser calls; 0 means all of T-1 .. 1. With "ddpm" the published rule: beta variance, no noise after i = 1.
     """
     B, T = len(generators), schedule.T
@@ -357,10 +362,19 @@ class Trained:
 
     denoiser: nn.Module
     schedule: schedulers.Schedule
-    stats: dict  # mean and std of the training latents, per channel
+    stats: dict  # mean and std of the training latents, see load_latents
     hash: str
     num_classes: int
     preparation: dict | None  # grid and MRI scaling of the training data; None for the original's files
+
+
+def check_grid(trained: Trained, shape: tuple[int, ...], path: Path) -> None:
+    """UserError if the model is tied to one grid (a mean latent image) and the MRI at `path` lies on another."""
+    mean = trained.stats["mean"]
+    grid = tuple(s * aae.COMPRESSION for s in mean.shape[1:]) if torch.is_tensor(mean) else tuple(shape)
+    if tuple(shape) != grid:
+        raise UserError(f"{path}: shape {tuple(shape)}, but the model was trained on {grid} with --latent_mean voxel; "
+                        "bring it there with --prepare, or add --native")  # fmt: skip
 
 
 def load_denoiser(config: Config, rt: runtime.Runtime, aae_hash: str) -> Trained:
@@ -384,7 +398,8 @@ def load_denoiser(config: Config, rt: runtime.Runtime, aae_hash: str) -> Trained
         settings = SimpleNamespace(noiseSteps=1000, beta_start=1e-4, beta_end=0.02, prediction="eps")
         channels, num_classes = denoiser.conv_out.out_channels, denoiser.projector.label.num_embeddings
         stats = {"mean": [0.0] * channels, "std": [1.0] * channels}
-    denoiser = denoiser.to(rt.device).eval().requires_grad_(False)
+    layout = aae.memory_layout(config.unet_channels_last)
+    denoiser = denoiser.to(rt.device, memory_format=layout).eval().requires_grad_(False)
     return Trained(
         denoiser,
         noise_schedule(settings),

@@ -316,8 +316,9 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, cond_map: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Predicted noise, shape (B, out_channels, d, h, w).
 
-        x_t (B, latent_channels, d, h, w), any d, h, w; cond_map (B, cond_channels, d, h, w) from `condition`; t (B,) integer steps;
-        label None: no label vector at all, what the original does when it samples (self.null_label is the learned one).
+        x_t (B, latent_channels, d, h, w), any d, h, w; cond_map (B, cond_channels, d, h, w) from `condition`;
+        t (B,) integer timesteps. label None: no label vector at all, what the original does when it samples
+        (self.null_label is the learned one).
         """
         vector = self.projector(t, label)
         h = torch.cat([x_t, cond_map], dim=1)

@@ -3,9 +3,10 @@
     python il_cldm/reproduce.py                  # about half an hour on two CPU cores
     python il_cldm/reproduce.py --preset smoke   # the demo: a few minutes, the same claims on fewer subjects
 
-Two cohorts: in the first, uptake follows label and MRI-visible atrophy; in the second (leak test) nothing in the MRI tells it. The paper's
-tables could not be obtained, so its column quotes its words. Running it again continues where it stopped.
-Writes OUT/results.json, OUT/figures/*.png and prints: claim, the paper's number on its data, ours on the phantom, pass or fail.
+Two cohorts: in the first, uptake follows label and MRI-visible atrophy; in the second (leak test) nothing in the MRI
+tells it. Networks and training are the `smoke` preset of config.py, with the steps below. The paper's tables could not
+be obtained, so its column quotes its words. Running it again continues where it stopped. Writes OUT/results.json and
+OUT/figures/*.png and prints: claim, pass or fail, ours on the phantom, the paper's number on its data.
 """
 
 from __future__ import annotations
@@ -54,13 +55,14 @@ PRESETS = {
 def main() -> None:
     options = cli.parse(Options, description=__doc__, presets=PRESETS)
     if (options.samples + 1) % 10:
-        raise cli.UserError(f"--samples {options.samples}: 9, 19, 29, ... so that an 80 % interval of order statistics exists")
+        raise cli.UserError(f"--samples {options.samples}: an 80 % interval of order statistics needs 9, 19, 29, ...")
     from common import runtime
+    from common.runlog import git_revision
 
     with runtime.start(options.device, options.precision, options.seed) as rt:
         if rt.world_size > 1:
             raise cli.UserError("reproduce.py runs in one process; main.py is what torchrun spreads over GPUs")
-        results, started = {}, time.time()
+        results, started, revision = {}, time.time(), git_revision()
         study = train_study(options, rt, "mri", {})
         results |= claim_quality(study, options)
         results |= claim_guidance(study, options)
@@ -69,7 +71,7 @@ def main() -> None:
         if options.leak:  # the same PET physics, so one autoencoder serves both cohorts
             aae = {"checkpoint_aae": str(study.config.run_folder / "AAE.pth.tar")}
             results |= claim_no_leak(train_study(options, rt, "independent", aae))
-        finish(options, results, time.time() - started)
+        finish(options, results, time.time() - started, revision)
 
 
 @dataclass
@@ -110,10 +112,10 @@ def train_study(options: Options, rt, coupling: str, extra: dict) -> Study:
 
     root = Path(options.out) / coupling
     if not (root / "data_info" / "prepare.json").is_file():
-        counts = [f"--n_{s}={n}" for s, n in (("train", options.n_train), ("val", options.n_val), ("test", options.n_test))]
-        shape = ["--shape", *map(str, options.shape)]
-        command = [sys.executable, str(HERE / "make_phantom.py"), f"--out={root}", f"--coupling={coupling}", f"--seed={options.seed}", "--overwrite"]
-        if subprocess.run([*command, *counts, *shape]).returncode:
+        command = [sys.executable, str(HERE / "make_phantom.py"), "--overwrite", "--shape", *map(str, options.shape)]
+        values = {"out": root, "coupling": coupling, "seed": options.seed}
+        values |= {"n_train": options.n_train, "n_val": options.n_val, "n_test": options.n_test}
+        if subprocess.run([*command, *(f"--{name}={value}" for name, value in values.items())]).returncode:
             raise cli.UserError(f"make_phantom.py failed for {root}")
     model = MODEL_PRESETS["smoke"] | {"aae_steps": options.aae_steps, "ldm_steps": options.ldm_steps}
     config = Config(**(model | extra), root=str(root), seed=options.seed, samples=1)
@@ -138,11 +140,12 @@ def claim_quality(study: Study, options: Options) -> dict:
     table, gain = study.report["metrics"], study.report["synthetic_minus_mean_image"]["mae_mask"]
     values = {method: table[method]["mae_mask"]["mean"] for method in table}
     auc = study.report["amyloid"]["detection"]["SUVR of synthetic PET"]
-    baseline = study.report["amyloid"]["detection"].get("MRI-only CNN", {}).get("auc")
+    baseline = study.report["amyloid"]["detection"].get("MRI-only CNN", {"auc": float("nan")})["auc"]
     return {
         "a1 masked MAE below the mean image's": {
             "paper": "better than five comparison models (no mean-image baseline given)",
-            "ours": f"{values['synthetic']:.4f} vs {values['mean_image']:.4f} (ceiling {values['autoencoder']:.4f}); difference {interval(gain)}",
+            "ours": f"{values['synthetic']:.4f} vs {values['mean_image']:.4f}, difference {interval(gain)}; "
+            f"autoencoder ceiling {values['autoencoder']:.4f}",
             "passed": gain["ci95"][1] < 0,
             "values": values | {"difference": gain},
         },
@@ -173,9 +176,11 @@ def claim_guidance(study: Study, options: Options) -> dict:
     from common import figures
 
     names = study.names[: max(8, options.n_ancestral)]
-    curves = {}
-    for title, label in (("NC", NC), ("AD", AD)):
-        curves[title] = [float(np.mean([study.suvr(n, study.sample(n, label, 1, guidance=w)[0]) for n in names])) for w in SCALES]
+
+    def mean_suvr(label: int, scale: float) -> float:
+        return float(np.mean([study.suvr(n, study.sample(n, label, 1, guidance=scale)[0]) for n in names]))
+
+    curves = {title: [mean_suvr(label, w) for w in SCALES] for title, label in (("NC", NC), ("AD", AD))}
     figures.curves(
         Path(options.out) / "figures" / "guidance.png",
         {f"guided to {title}": (SCALES, values) for title, values in curves.items()},
@@ -201,31 +206,33 @@ def claim_speed(study: Study, options: Options) -> dict:
     for title, settings in (("ddpm", {"sampler": "ddpm", "steps": 0}), ("dpm", {"sampler": "dpm", "steps": 20})):
         study.sample(study.names[0], None, 1, **(settings | {"steps": 2}))  # warm up
         start = time.perf_counter()
-        volumes = [study.sample(n, None, 1, **settings)[0] for n in study.names[: options.n_ancestral]]
-        seconds[title] = (time.perf_counter() - start) / options.n_ancestral
-        scores[title] = [metrics.psnr(v, study.pet.load(n), data_range=1.0) for v, n in zip(volumes, study.names, strict=False)]
+        names = study.names[: options.n_ancestral]
+        volumes = [study.sample(n, None, 1, **settings)[0] for n in names]
+        seconds[title] = (time.perf_counter() - start) / len(names)
+        truths = [study.pet.load(n) for n in names]
+        scores[title] = [metrics.psnr(v, x, data_range=1.0) for v, x in zip(volumes, truths, strict=True)]
     mean = {title: float(np.mean(values)) for title, values in scores.items()}
     difference = metrics.summary(np.subtract(scores["dpm"], scores["ddpm"]), seed=0)
     return {
         "c 20-step DPM-Solver++ within 0.5 dB of 999 ancestral steps": {
             "paper": "999 ancestral steps only",
-            "ours": f"{mean['dpm']:.2f} vs {mean['ddpm']:.2f} dB, difference {interval(difference)}; {seconds['ddpm'] / seconds['dpm']:.0f} times faster",
+            "ours": f"{mean['dpm']:.2f} vs {mean['ddpm']:.2f} dB, difference {interval(difference)}; "
+            f"{seconds['ddpm'] / seconds['dpm']:.0f} times faster",
             "passed": mean["dpm"] > mean["ddpm"] - 0.5,
-            "values": {"psnr": mean, "seconds_per_sample": seconds, "n": options.n_ancestral, "difference": difference},
+            "values": {"psnr": mean, "seconds_per_sample": seconds, "difference": difference},
         }
     }
 
 
 def claim_coverage(study: Study, options: Options) -> dict:
-    """(d) The interval between order statistics r and k+1-r of k samples should hold the truth in (k+1-2r)/(k+1) of cases."""
+    """(d) Order statistics r and k+1-r of k samples should enclose the truth in (k+1-2r)/(k+1) of all cases."""
     from common import figures
+    from il_cldm import amyloid
 
     k = options.samples
     nominal = [(k + 1 - 2 * r) / (k + 1) for r in range(1, (k + 1) // 2)]
     inside_suvr = np.zeros((len(study.names), len(nominal)))
     inside_voxel = np.zeros_like(inside_suvr)
-    from il_cldm import amyloid
-
     for i, name in enumerate(study.names):
         samples, truth = study.sample(name, None, k), study.pet.load(name)
         mask = amyloid.load_regions(study.config, name, truth.shape) > 0
@@ -240,14 +247,18 @@ def claim_coverage(study: Study, options: Options) -> dict:
         xlabel="nominal coverage", ylabel="share of truths inside", title=f"{k} samples", diagonal=True,
     )  # fmt: skip
     at80 = int(np.argmin(np.abs(np.array(nominal) - 0.8)))
-    share, n = float(inside_suvr[:, at80].mean()), len(study.names)
+    share, voxels, n = float(inside_suvr[:, at80].mean()), float(inside_voxel[:, at80].mean()), len(study.names)
     slack = 1.96 * (0.8 * 0.2 / n) ** 0.5  # sampling error of the share if the claim holds
+    low, high = 100 * (0.8 - slack), min(100.0, 100 * (0.8 + slack))
     return {
         "d 80 % interval holds the true SUVR about as often": {
             "paper": "no uncertainty given",
-            "ours": f"{100 * share:.0f} % of {n} subjects (chance range {100 * (0.8 - slack):.0f}-{min(100, 100 * (0.8 + slack)):.0f} %); voxels {100 * inside_voxel[:, at80].mean():.0f} %",
+            "ours": f"{100 * share:.0f} % of {n} subjects, expected {low:.0f}-{high:.0f}; voxels {100 * voxels:.0f} %",
             "passed": abs(share - 0.8) <= slack,
-            "values": {"nominal": nominal, "composite_suvr": inside_suvr.mean(0).tolist(), "voxels": inside_voxel.mean(0).tolist(), "n": n, "k": k},
+            "values": {
+                "nominal": nominal, "composite_suvr": inside_suvr.mean(0).tolist(),
+                "voxels": inside_voxel.mean(0).tolist(), "n": n, "k": k,
+            },  # fmt: skip
         }
     }
 
@@ -256,22 +267,20 @@ def interval(summary: dict) -> str:
     return f"{summary['mean']:+.4f} [{summary['ci95'][0]:+.4f}, {summary['ci95'][1]:+.4f}]"
 
 
-def finish(options: Options, results: dict, seconds: float) -> None:
+def finish(options: Options, results: dict, seconds: float, revision: str | None) -> None:
     """results.json and the table."""
-    from common.runlog import git_revision, write_json
+    from common.runlog import write_json
 
     order = dict(sorted(results.items()))
-    write_json(
-        Path(options.out) / "results.json",
-        {"options": cli.to_dict(options), "git_revision": git_revision(), "seconds": round(seconds), "data": "phantom", "claims": order},
-    )
+    record = {"options": cli.to_dict(options), "git_revision": revision, "seconds": round(seconds), "data": "phantom"}
+    write_json(Path(options.out) / "results.json", record | {"claims": order})
     print(f"\n{'claim':62s}{'result':8s}ours on the phantom\n")
     for name, row in order.items():
         print(f"{name:62s}{'pass' if row['passed'] else 'FAIL':8s}{row['ours']}")
         print(f"{'':70s}paper: {row['paper']}")
     if not options.leak:
         print("the leak test (a3) needs a second cohort: run without --preset smoke, or add --leak")
-    print(f"\n{Path(options.out) / 'results.json'}, figures in {Path(options.out) / 'figures'}; {seconds / 60:.1f} minutes")
+    print(f"\nresults.json and figures/ in {options.out}; {seconds / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

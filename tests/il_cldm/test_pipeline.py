@@ -174,7 +174,7 @@ def test_uneven_axes_odd_sets_and_a_batch_larger_than_the_training_set(tmp_path)
 def test_kl_three_channels_augmentation_and_bf16_through_all_stages(data):
     options = ("--kl_weight", 1e-3, "--latent_dim", 3, "--augment_shift", 2, "--augment_flip", "--precision", "bf16",
                "--disc_norm", "group", "--lr_schedule", "cosine", "--clip_grad", 1, "--disc_start", 3,
-               "--channels_last")  # fmt: skip
+               "--no_aae_channels_last", "--unet_channels_last")  # fmt: skip
     call(data, "--train_aae", "--test_aae", "--enc", "--train_ldm", "--gen", "--evaluate", *options)
     rows = (data / "result/exp_1/aae/train.csv").read_text().splitlines()
     assert rows[0] == "step,epoch,lr,loss_rec,loss_adv,loss_disc,loss_kl"
