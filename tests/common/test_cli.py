@@ -159,8 +159,8 @@ def ends_with(error, capsys):
 
 def test_run_turns_user_errors_into_one_line(capsys):
     assert ends_with(cli.UserError("no data in x:\n run y"), capsys) == (2, "error: no data in x: run y\n")
-    full = ends_with(OSError(errno.ENOSPC, "No space left on device", "/data/x"), capsys)
-    assert full == (2, "error: disk full while writing /data/x: free some space and run the same command again\n")
+    full = ends_with(OSError(errno.ENOSPC, "No space left on device", "data/x"), capsys)
+    assert full == (2, "error: disk full while writing data/x: free some space and run the same command again\n")
     assert ends_with(KeyboardInterrupt(), capsys)[0] == 130
     for bug in (OSError(errno.EIO, "broken"), ValueError("bug")):
         with pytest.raises(type(bug)):
