@@ -26,10 +26,14 @@ def setup(options, rt, channels_last, build):
     return config, build(config).to(rt.device, memory_format=layout), layout
 
 
-def volumes(options, rt, batch, layout=torch.contiguous_format, compression=1):
-    """Uniform noise (batch, 1, ...): the time does not depend on the picture."""
+def volumes(options, rt, batch, layout=torch.contiguous_format, channels=1, compression=1):
+    """Uniform noise (batch, channels, ...): the time does not depend on the picture."""
     shape = (n // compression for n in SHAPES[options.size])
-    return torch.rand(batch, 1, *shape).to(rt.device, memory_format=layout)
+    return torch.rand(batch, channels, *shape).to(rt.device, memory_format=layout)
+
+
+def latents(options, rt, batch, config, layout=torch.contiguous_format):
+    return volumes(options, rt, batch, layout, config.latent_dim, COMPRESSION)
 
 
 def stage_1(options, rt, channels_last):
@@ -53,7 +57,7 @@ def stage_1(options, rt, channels_last):
 def stage_2(options, rt, channels_last):
     """One step of `train_ldm`: MRI features, denoiser forward and backward, optimizer, EMA."""
     config, denoiser, _ = setup(options, rt, channels_last, build_denoiser)
-    mri, z_0 = (volumes(options, rt, options.batch, compression=c) for c in (1, COMPRESSION))
+    mri, z_0 = volumes(options, rt, options.batch), latents(options, rt, options.batch, config)
     label = torch.zeros(options.batch, dtype=torch.long, device=rt.device)
     model, schedule, ema = DenoiserWithMri(denoiser), noise_schedule(config), EMA(denoiser, config.ema_decay)
     fused = runtime.fused_optimizer_kwargs(rt.device)
@@ -73,8 +77,8 @@ def stage_2(options, rt, channels_last):
 @torch.inference_mode()
 def denoising(options, rt, channels_last):
     """One denoiser call for one volume, as each sampling step makes it (MRI features are computed once)."""
-    _, denoiser, _ = setup(options, rt, channels_last, build_denoiser)
-    z_t = volumes(options, rt, 1, compression=COMPRESSION)
+    config, denoiser, _ = setup(options, rt, channels_last, build_denoiser)
+    z_t = latents(options, rt, 1, config)
     label = torch.zeros(1, dtype=torch.long, device=rt.device)
     denoiser.eval()
     with rt.autocast():
@@ -84,8 +88,8 @@ def denoising(options, rt, channels_last):
 
 @torch.inference_mode()
 def coding(options, rt, channels_last, decode):
-    _, autoencoder, layout = setup(options, rt, channels_last, build_autoencoder)
-    x = volumes(options, rt, 1, layout, COMPRESSION if decode else 1)
+    config, autoencoder, layout = setup(options, rt, channels_last, build_autoencoder)
+    x = latents(options, rt, 1, config, layout) if decode else volumes(options, rt, 1, layout)
     with rt.autocast():
         return measure(partial(autoencoder.decode if decode else autoencoder.encode, x), rt, options.repeats)
 

@@ -1,4 +1,3 @@
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +6,7 @@ from torch import nn
 from common.blocks3d import SelfAttention3d
 from common.schedulers import make_schedule
 from il_cldm import losses
+from il_cldm.config import Config
 from il_cldm.model import (
     Autoencoder,
     Denoiser,
@@ -16,30 +16,14 @@ from il_cldm.model import (
     build_discriminator,
 )
 
-PAPER = dict(
-    latent_dim=1,
-    aae_channels=16,
-    aae_groups=16,
-    kl_weight=0.0,
-    disc_channels=(16, 32, 64, 128),
-    disc_norm="batch",
-    unet_channels=128,
-    unet_mults=(1, 2, 2),
-    unet_groups=32,
-    unet_res_blocks=2,
-    unet_attn_res=(3,),
-    image_size=28,
-    unet_dropout=0.0,
-    time_dim=128,
-    num_classes=4,
-    label_dropout=0.0,
-    checkpointing=False,
-)
+# The published network: every label row is a class (no null class).
+PAPER = dict(label_dropout=0.0)
 SMALL = dict(unet_channels=8, unet_groups=4, unet_mults=(1, 2), unet_res_blocks=1, time_dim=16)
 
 
 def config(**changes):
-    return SimpleNamespace(**(PAPER | changes))
+    """The defaults of config.py, which are the paper's, but for `changes`."""
+    return Config(**(PAPER | changes))
 
 
 def count(module):
