@@ -106,6 +106,7 @@ class Config(TrainOptions):
     ema_decay: float = option(0.9999, "decay of the averaged weights that sampling uses", group="stage 2")
     ema_start: int = option(2000, "steps for which the average is a plain copy", unit="steps", group="stage 2")
     ldm_val_every: int = option(10, "validation interval (samples every validation subject)", unit="epochs", group="stage 2")
+    select: str = option("score", "what picks the best weights: score of one sample (PSNR + 10 SSIM, as published) or the held-out loss, which sees overfitting", choices=("score", "loss"), group="stage 2", free=True)
     val_sampler: str = option("dpm", "sampler of validation", choices=("ddpm", "ddim", "dpm"), group="stage 2")
     val_steps: int = option(20, "sampling steps of validation", group="stage 2")
 
@@ -181,7 +182,7 @@ PRESETS = {
         batch_size=2, learning_rate=2e-3, lr_schedule="cosine", save_every=500, num_workers=0,
         latent_dim=8, aae_channels=8, aae_groups=8, disc_channels=(8, 16, 32), disc_start=400, aae_steps=800, aae_val_every=4,
         ldm_batch_size=8, prediction="v", latent_mean="voxel", cond_channels=8, unet_channels=32, unet_mults=(1, 2), unet_groups=8,
-        unet_res_blocks=1, ldm_steps=1200, ldm_val_every=10, ema_decay=0.99, ema_start=100,
+        unet_res_blocks=1, ldm_steps=1200, ldm_val_every=4, select="loss", ema_decay=0.99, ema_start=100,
         steps=20, classifier_steps=150, bootstrap=1000,
     ),
 }  # fmt: skip

@@ -34,6 +34,9 @@ ARCHITECTURE = (
 )  # fmt: skip
 
 
+VALIDATION_TIMES = 8  # timesteps of the held-out loss
+
+
 class DenoiserWithMri(nn.Module):
     """Denoiser that computes the MRI feature map itself: training re-evaluates it each step, samplers cache it."""
 
@@ -52,7 +55,8 @@ def noise_schedule(config) -> schedulers.Schedule:
 def ldm_loss(model, schedule, z_0, mri, label, t, eps) -> torch.Tensor:
     """Mean squared error of the predicted noise (or v).
 
-    z_0, eps (B, C, d, h, w); mri (B, 1, D, H, W); t, label (B,) integers.
+    z_0, eps (B, C, d, h, w); t, label (B,) integers; mri (B, 1, D, H, W), or its feature map if `model` is the bare
+    denoiser.
     """
     z_t = schedulers.q_sample(schedule, z_0, t, eps)
     target = schedulers.training_target(schedule, z_0, t, eps)  # eps itself in the paper
@@ -169,8 +173,9 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
                 scores = validate(ema.module, autoencoder, schedule, stats, mri, pet, validation, config, rt)
                 log.log("val", step, epoch=step / steps_per_epoch, **scores)
                 stale += 1
-                if scores["score"] > best:
-                    best, stale = scores["score"], 0
+                merit = -scores["loss"] if config.select == "loss" else scores["score"]
+                if merit > best:
+                    best, stale = merit, 0
                     save_best(scores)
                 save_last()
                 if config.patience and stale >= config.patience:
@@ -187,20 +192,33 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
     aae.leave_if_stopped("stage 2", step, last_step, stop, rt)
 
 
+@torch.inference_mode()
 def validate(denoiser, autoencoder, schedule, stats, mri, pet, names, config: Config, rt: runtime.Runtime) -> dict:
-    """PSNR, SSIM and PSNR + 10·SSIM of one label-free sample per subject, each with its own fixed noise."""
-    rows = []
+    """Held-out loss, and PSNR, SSIM, PSNR + 10·SSIM of one sample per subject; label-free, with fixed noise throughout.
+
+    The loss is a mean over VALIDATION_TIMES timesteps. It rises when the model starts to know its training subjects by
+    heart and its samples become too sure of themselves; PSNR and SSIM of a sample hardly show that.
+    """
+    rows, times = [], torch.linspace(1, schedule.T - 1, VALIDATION_TIMES).round().long()
+    null = None if denoiser.null_label is None else torch.tensor([denoiser.null_label], device=rt.device)
     for name in rt.shard(names):
-        cond_map = condition(denoiser, mri.tensor(name)[None], rt)
-        noise = [runtime.generator(config.seed, "validation", dataset.stem(name))]
+        x, cond_map = pet.tensor(name)[None], condition(denoiser, mri.tensor(name)[None], rt)
+        noise = runtime.generator(config.seed, "validation", dataset.stem(name))
         z = sample_latents(
-            denoiser, schedule, cond_map, None, noise, sampler=config.val_sampler, steps=config.val_steps, rt=rt
+            denoiser, schedule, cond_map, None, [noise], sampler=config.val_sampler, steps=config.val_steps, rt=rt
         )
-        x_hat = decode(autoencoder, z, stats, rt)[0, 0]
-        x = pet.tensor(name)[0]
-        rows.append((metrics.psnr(x_hat, x, data_range=1.0), metrics.ssim(x_hat, x, data_range=1.0)))
-    psnr, ssim = np.mean([row for part in rt.gather(rows) for row in part], axis=0)
-    return {"psnr": float(psnr), "ssim": float(ssim), "score": float(psnr + 10 * ssim)}
+        x_hat = decode(autoencoder, z, stats, rt)
+        with rt.autocast():
+            z_0 = autoencoder.encode(x.to(rt.device))
+        z_0, losses = normalise(z_0.float(), stats), []
+        for t in times.to(rt.device):
+            eps = torch.randn(z_0.shape, generator=noise).to(rt.device)
+            with rt.autocast():
+                losses.append(ldm_loss(denoiser, schedule, z_0, cond_map, null, t[None], eps))
+        scores = (metrics.psnr(x_hat, x, data_range=1.0), metrics.ssim(x_hat, x, data_range=1.0))
+        rows.append((torch.stack(losses).mean().item(), *scores))
+    loss, psnr, ssim = np.mean([row for part in rt.gather(rows) for row in part], axis=0)
+    return {"loss": float(loss), "psnr": float(psnr), "ssim": float(ssim), "score": float(psnr + 10 * ssim)}
 
 
 # ---- latents and their scale ----------------------------------------------------------------------------------------
