@@ -48,7 +48,7 @@ class Options(CommonOptions):
 
 PRESETS = {
     "phantom": {},
-    "smoke": dict(n_train=128, n_val=4, n_test=24, aae_steps=600, ldm_steps=1000, n_ancestral=4, samples=9, leak=False),
+    "smoke": dict(n_train=128, n_val=4, n_test=24, aae_steps=900, ldm_steps=1200, n_ancestral=4, samples=9, leak=False),
 }
 
 
