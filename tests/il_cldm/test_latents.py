@@ -69,3 +69,41 @@ def test_wide_mri_map_reaches_the_denoiser():
         ]
     assert sample[0].shape == (1, config.latent_dim, 4, 4, 4)
     assert not torch.allclose(*sample)
+
+
+def test_held_out_loss_is_the_mean_over_fixed_times_and_noise(tmp_path):
+    """A denoiser that knows v exactly has loss 0; one that is off by 0.1 everywhere has 0.01, on every call."""
+    config = Config(prediction="v", val_sampler="dpm", val_steps=1)
+    schedule = ldm.noise_schedule(config)
+    truth = torch.rand(1, 12, 12, 12, generator=torch.Generator().manual_seed(2))
+
+    class Identity(torch.nn.Module):  # latents are the image itself
+        def encode(self, x):
+            return x
+
+        decode = encode
+
+    class Knows(torch.nn.Module):
+        null_label, conv_out = None, torch.nn.Conv3d(1, 1, 1)
+
+        def __init__(self, off):
+            super().__init__()
+            self.off = off
+
+        def condition(self, mri):
+            return mri
+
+        def forward(self, z_t, cond_map, t, label):
+            alpha, sigma = (schedules.view(-1, 1, 1, 1, 1).float() for schedules in
+                            (schedule.alphas_bar[t].sqrt(), (1 - schedule.alphas_bar[t]).sqrt()))  # fmt: skip
+            return alpha * (z_t - alpha * truth[None]) / sigma - sigma * truth[None] + self.off
+
+    class Same:
+        def tensor(self, name):
+            return truth
+
+    stats = {"mean": [0.0], "std": [1.0]}
+    with runtime.start("cpu", "fp32", 0) as rt:
+        for off, expected in ((0.0, 0.0), (0.1, 0.01), (0.1, 0.01)):
+            scores = ldm.validate(Knows(off), Identity(), schedule, stats, Same(), Same(), ["a"], config, rt)
+            assert scores["loss"] == pytest.approx(expected, abs=1e-4)

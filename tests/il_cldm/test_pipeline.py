@@ -56,7 +56,8 @@ def test_readme_order_makes_every_folder_and_keeps_only_best_and_last(trained):
     for stage, columns in (("aae", "step,epoch,lr,loss_rec,loss_adv,loss_disc"), ("ldm", "step,epoch,lr,loss")):
         lines = (run / stage / "train.csv").read_text().splitlines()
         assert lines[0] == columns and sum(line.startswith("step") for line in lines) == 1
-        assert (run / stage / "val.csv").read_text().splitlines()[0] == "step,epoch,psnr,ssim,score"
+        scores = "psnr,ssim,score" if stage == "aae" else "loss,psnr,ssim,score"
+        assert (run / stage / "val.csv").read_text().splitlines()[0] == f"step,epoch,{scores}"
     assert json.loads((run / "aae" / "test.json").read_text())["n"] == 3
     assert json.loads((trained / SYN / "evaluation.json").read_text())["n"] == 3
 
