@@ -270,6 +270,26 @@ def leave_if_stopped(stage: str, step: int, last_step: int, stop: runtime.StopRe
         raise SystemExit(stop.exit_status)
 
 
+def save_network(path: Path, kind: str, network: nn.Module, settings: dict, **more) -> None:
+    """Weights of a network, the options that rebuild it, the weights' hash, and whatever else belongs to it."""
+    state = network.state_dict()
+    head = {"network": f"il_cldm {kind}", "state_dict": state, "config": settings}
+    checkpoint.save(path, head | more | {"hash": checkpoint.weights_hash(state)})
+
+
+def read_network(path: Path, kind: str, stage: str, option: str, config: Config) -> dict:
+    """Content of a network's file, ours or the original's; UserError naming the command that makes it if it is missing."""
+    if not path.is_file():
+        raise UserError(f"no {kind} at {path}; train it with `python il_cldm/main.py {stage}` or name one "
+                        f"with {option}")  # fmt: skip
+    return checkpoint.load(path, trust_pickle=config.trust_pickle)
+
+
+def frozen_network(network: nn.Module, channels_last: bool, rt: runtime.Runtime) -> nn.Module:
+    """The network on its device, in eval mode, without gradients."""
+    return network.to(rt.device, memory_format=memory_layout(channels_last)).eval().requires_grad_(False)
+
+
 def latent_noise(config: Config, step: int, shape: tuple[int, ...], rt: runtime.Runtime) -> torch.Tensor | None:
     """Noise of the stochastic latent (None without one): every rank draws the global batch and keeps its slice."""
     if not config.kl_weight:
@@ -283,26 +303,14 @@ def latent_noise(config: Config, step: int, shape: tuple[int, ...], rt: runtime.
 
 
 def save_autoencoder(path: Path, autoencoder, config: Config, step: int, scores: dict, shape) -> None:
-    state = autoencoder.state_dict()
-    content = {
-        "network": "il_cldm autoencoder",
-        "state_dict": state,
-        "config": {name: getattr(config, name) for name in ARCHITECTURE},
-        "step": step,
-        "scores": scores,
-        "shape": list(shape),
-        "hash": checkpoint.weights_hash(state),
-    }
-    checkpoint.save(path, content)
+    settings = {name: getattr(config, name) for name in ARCHITECTURE}
+    save_network(path, "autoencoder", autoencoder, settings, step=step, scores=scores, shape=list(shape))
 
 
 def load_autoencoder(config: Config, rt: runtime.Runtime):
     """Frozen autoencoder in eval mode and the hash of its weights; reads our files and the original's AAE.pth.tar."""
     path = config.aae_path
-    if not path.is_file():
-        raise UserError(f"no autoencoder at {path}; train it with `python il_cldm/main.py --train_aae` or name one "
-                        "with --checkpoint_aae")  # fmt: skip
-    saved = checkpoint.load(path, trust_pickle=config.trust_pickle)
+    saved = read_network(path, "autoencoder", "--train_aae", "--checkpoint_aae", config)
     if saved.get("network") == "il_cldm autoencoder":
         autoencoder = build_autoencoder(Config(**saved["config"]))
         checkpoint.load_weights(autoencoder, saved["state_dict"], path)
@@ -310,8 +318,7 @@ def load_autoencoder(config: Config, rt: runtime.Runtime):
         kind, autoencoder = upstream.from_checkpoint(saved, path)
         if kind != "AAE":
             raise UserError(f"{path} holds a {kind}, not an autoencoder; give --checkpoint_aae the AAE.pth.tar file")
-    layout = memory_layout(config.aae_channels_last)
-    autoencoder = autoencoder.to(rt.device, memory_format=layout).eval().requires_grad_(False)
+    autoencoder = frozen_network(autoencoder, config.aae_channels_last, rt)
     return autoencoder, checkpoint.weights_hash(autoencoder.state_dict())
 
 

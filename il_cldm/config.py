@@ -106,7 +106,7 @@ class Config(TrainOptions):
     ema_decay: float = option(0.9999, "decay of the averaged weights that sampling uses", group="stage 2")
     ema_start: int = option(2000, "steps for which the average is a plain copy", unit="steps", group="stage 2")
     ldm_val_every: int = option(10, "validation interval (samples every validation subject)", unit="epochs", group="stage 2")
-    select: str = option("score", "what picks the best weights: score of one sample (PSNR + 10 SSIM, as published) or the held-out loss, which sees overfitting", choices=("score", "loss"), group="stage 2", free=True)
+    select: str = option("score", "what picks the best weights: score of one sample (PSNR + 10 SSIM, as published) or the held-out loss, which sees overfitting", choices=("score", "loss"), group="stage 2")
     val_sampler: str = option("dpm", "sampler of validation", choices=("ddpm", "ddim", "dpm"), group="stage 2")
     val_steps: int = option(20, "sampling steps of validation", group="stage 2")
 

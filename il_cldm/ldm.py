@@ -358,20 +358,11 @@ def sample_latents(
 
 
 def save_denoiser(path, denoiser, config: Config, stats: dict, aae_hash: str, step: int, scores: dict, shape) -> None:
-    state = denoiser.state_dict()
-    content = {
-        "network": "il_cldm denoiser",
-        "state_dict": state,
-        "config": {name: getattr(config, name) for name in ARCHITECTURE},
-        "latents": stats,
-        "aae": aae_hash,
-        "step": step,
-        "scores": scores,
-        "shape": list(shape),
-        "preparation": preparation(config),
-        "hash": checkpoint.weights_hash(state),
-    }
-    checkpoint.save(path, content)
+    settings = {name: getattr(config, name) for name in ARCHITECTURE}
+    aae.save_network(
+        path, "denoiser", denoiser, settings, latents=stats, aae=aae_hash, step=step, scores=scores, shape=list(shape),
+        preparation=preparation(config),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -398,10 +389,7 @@ def check_grid(trained: Trained, shape: tuple[int, ...], path: Path) -> None:
 def load_denoiser(config: Config, rt: runtime.Runtime, aae_hash: str) -> Trained:
     """The trained (EMA) denoiser; reads our files and the original's Unet.pth.tar, which has unnormalised latents."""
     path = config.unet_path
-    if not path.is_file():
-        raise UserError(f"no denoiser at {path}; train it with `python il_cldm/main.py --train_ldm` or name one with "
-                        "--checkpoint_unet")  # fmt: skip
-    saved = checkpoint.load(path, trust_pickle=config.trust_pickle)
+    saved = aae.read_network(path, "denoiser", "--train_ldm", "--checkpoint_unet", config)
     if saved.get("network") == "il_cldm denoiser":
         if saved["aae"] != aae_hash:
             raise UserError(f"{path} was trained on latents of autoencoder {saved['aae']}, but {config.aae_path} is "
@@ -416,8 +404,7 @@ def load_denoiser(config: Config, rt: runtime.Runtime, aae_hash: str) -> Trained
         settings = SimpleNamespace(noiseSteps=1000, beta_start=1e-4, beta_end=0.02, prediction="eps")
         channels, num_classes = denoiser.conv_out.out_channels, denoiser.projector.label.num_embeddings
         stats = {"mean": [0.0] * channels, "std": [1.0] * channels}
-    layout = aae.memory_layout(config.unet_channels_last)
-    denoiser = denoiser.to(rt.device, memory_format=layout).eval().requires_grad_(False)
+    denoiser = aae.frozen_network(denoiser, config.unet_channels_last, rt)
     return Trained(
         denoiser,
         noise_schedule(settings),

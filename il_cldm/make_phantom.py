@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root
 
 import numpy as np
 
-from common import cli, nifti
+from common import cli
 from common.cli import CommonOptions, UserError, option
-from common.runlog import progress
 
 HERE = Path(__file__).resolve().parent
 DIAGNOSES = ("NC", "SMC", "MCI", "AD")  # label_id 0..3; all four classes of the paper's default occur
@@ -88,7 +87,7 @@ def draw_subject(seed: int, number: int, coupling: str) -> dict:
 
 def make_subject(options: Options, name: str, number: int) -> tuple[dict, dict]:
     """Write one subject; returns its truth row and its entry of prepare.json."""
-    from common import phantom  # imports torch; --help need not
+    from common import nifti, phantom  # they import nibabel and torch, which --help need not
 
     out, seed = Path(options.out), options.seed * 100_003 + number  # distinct anatomy for every (seed, number)
     drawn = draw_subject(options.seed, number, options.coupling)
@@ -117,7 +116,7 @@ def make_subject(options: Options, name: str, number: int) -> tuple[dict, dict]:
 
 def write_native(options: Options, name: str, seed: int, factors, spacing_mm: float) -> None:
     """The head in one shifted scanner world: MRI int16 0..1500, LAS, anisotropic; PET in SUVR, LPS, coarser."""
-    from common import phantom
+    from common import nifti, phantom
 
     stem, raw = name.removesuffix(".nii.gz"), Path(options.out) / "raw"
     shift = np.random.default_rng(np.random.SeedSequence([seed, 9])).uniform(-40, 40, 3)
@@ -165,7 +164,8 @@ def simulate_on_labels(options: Options) -> None:
     Only the anatomy is real. Subjects are ranked by the ventricles' share of the brain; a made-up label and amyloid
     load follow that rank with noise, as if large ventricles meant disease.
     """
-    from common import phantom
+    from common import nifti, phantom
+    from common.runlog import progress
     from il_cldm.prepare import scan
 
     out, maps = Path(options.out), {}
@@ -227,6 +227,7 @@ def main() -> None:
     if options.from_labels:
         return simulate_on_labels(options)
     from common import phantom
+    from common.runlog import progress
 
     phantom.template()  # once, before the threads ask for it
     names = {}

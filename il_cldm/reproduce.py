@@ -14,7 +14,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root
@@ -64,7 +64,7 @@ def main() -> None:
             raise cli.UserError("reproduce.py runs in one process; main.py is what torchrun spreads over GPUs")
         results, started, revision = {}, time.time(), git_revision()
         study = train_study(options, rt, "mri", {})
-        results |= claim_quality(study, options)
+        results |= claim_quality(study)
         results |= claim_guidance(study, options)
         results |= claim_speed(study, options)
         results |= claim_coverage(study, options)
@@ -89,21 +89,19 @@ class Study:
 
     def sample(self, name: str, label: int | None, k: int, **settings) -> np.ndarray:
         """(k, D, H, W) synthetic PET of a subject; sample j always starts from the same noise."""
-        from common import runtime
-        from il_cldm import ldm
+        from il_cldm import generate
 
-        settings = {"sampler": "dpm", "steps": 20, **settings}
-        denoiser = self.trained.denoiser
-        cond_map = ldm.condition(denoiser, self.mri.tensor(name)[None], self.rt)
-        generators = [runtime.generator(self.config.seed, name, j) for j in range(k)]
-        z = ldm.sample_latents(denoiser, self.trained.schedule, cond_map, label, generators, rt=self.rt, **settings)
-        return ldm.decode(self.autoencoder, z, self.trained.stats, self.rt)[:, 0].numpy()
+        config = replace(self.config, **{"sampler": "dpm", "steps": 20, "samples": k, **settings})
+        mri = self.mri.tensor(name)[None]
+        return generate.synthesize(self.trained, self.autoencoder, mri, label, name, config, self.rt)[0]
 
-    def suvr(self, name: str, volume: np.ndarray) -> float:
+    def suvrs(self, name: str, volumes) -> list[float]:
+        """Composite SUVR of each of a subject's volumes (D, H, W)."""
         from il_cldm import amyloid
 
         target, reference, _ = amyloid.region_settings(self.config)
-        return amyloid.suvr(volume, amyloid.load_regions(self.config, name, volume.shape), target, reference)
+        regions = amyloid.load_regions(self.config, name, volumes[0].shape)
+        return [amyloid.suvr(volume, regions, target, reference) for volume in volumes]
 
 
 def train_study(options: Options, rt, coupling: str, extra: dict) -> Study:
@@ -135,7 +133,7 @@ def train_study(options: Options, rt, coupling: str, extra: dict) -> Study:
 # ---- the claims -----------------------------------------------------------------------------------------------------
 
 
-def claim_quality(study: Study, options: Options) -> dict:
+def claim_quality(study: Study) -> dict:
     """(a) Synthetic PET beats the mean image, and status is found from MRI alone."""
     table, gain = study.report["metrics"], study.report["synthetic_minus_mean_image"]["mae_mask"]
     values = {method: table[method]["mae_mask"]["mean"] for method in table}
@@ -178,7 +176,7 @@ def claim_guidance(study: Study, options: Options) -> dict:
     names = study.names[: max(8, options.n_ancestral)]
 
     def mean_suvr(label: int, scale: float) -> float:
-        return float(np.mean([study.suvr(n, study.sample(n, label, 1, guidance=scale)[0]) for n in names]))
+        return float(np.mean([study.suvrs(n, study.sample(n, label, 1, guidance=scale)) for n in names]))
 
     curves = {title: [mean_suvr(label, w) for w in SCALES] for title, label in (("NC", NC), ("AD", AD))}
     figures.curves(
@@ -236,7 +234,8 @@ def claim_coverage(study: Study, options: Options) -> dict:
     for i, name in enumerate(study.names):
         samples, truth = study.sample(name, None, k), study.pet.load(name)
         mask = amyloid.load_regions(study.config, name, truth.shape) > 0
-        suvrs, true_suvr = np.sort([study.suvr(name, v) for v in samples]), study.suvr(name, truth)
+        *suvrs, true_suvr = study.suvrs(name, [*samples, truth])
+        suvrs.sort()
         ordered, true_voxels = np.sort(samples[:, mask], axis=0), truth[mask]
         for j in range(len(nominal)):
             inside_suvr[i, j] = suvrs[j] <= true_suvr <= suvrs[k - 1 - j]

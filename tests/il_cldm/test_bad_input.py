@@ -96,15 +96,19 @@ STAGE1 = {  # what is done to the study, and words that the message holds beside
 }  # fmt: skip
 
 
+def refused(study, spoil, words, train, steps):
+    """Training and --check of a spoilt study end in one line with these words and change no file."""
+    spoil(study)
+    before = files(study)
+    for stage in (train, "--check"):
+        line = complaint(run_main("--root", study, *TINY, stage, steps, 2))
+        assert all(word in line for word in words), line
+        assert files(study) == before
+
+
 @pytest.mark.parametrize("case", STAGE1)
 def test_stage_1(fresh, case):
-    spoil, words = STAGE1[case]
-    spoil(fresh)
-    before = files(fresh)
-    for stage in ("--train_aae", "--check"):
-        line = complaint(run_main("--root", fresh, *TINY, stage, "--aae_steps", 2))
-        assert all(word in line for word in words), line
-        assert files(fresh) == before
+    refused(fresh, *STAGE1[case], "--train_aae", "--aae_steps")
 
 
 STAGE2 = {
@@ -132,13 +136,7 @@ STAGE2 = {
 def test_stage_2(study, case):
     shutil.rmtree(study / "result/exp_1/ldm")
     (study / "result/exp_1/Unet.pth.tar").unlink()
-    spoil, words = STAGE2[case]
-    spoil(study)
-    before = files(study)
-    for stage in ("--train_ldm", "--check"):
-        line = complaint(run_main("--root", study, *TINY, stage, "--ldm_steps", 2))
-        assert all(word in line for word in words), line
-        assert files(study) == before
+    refused(study, *STAGE2[case], "--train_ldm", "--ldm_steps")
 
 
 class Malicious:
