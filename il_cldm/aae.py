@@ -278,7 +278,7 @@ def save_network(path: Path, kind: str, network: nn.Module, settings: dict, **mo
 
 
 def read_network(path: Path, kind: str, stage: str, option: str, config: Config) -> dict:
-    """Content of a network's file, ours or the original's; UserError naming the command that makes it if it is missing."""
+    """Content of a network file, ours or the original's; a UserError names the command that makes a missing one."""
     if not path.is_file():
         raise UserError(f"no {kind} at {path}; train it with `python il_cldm/main.py {stage}` or name one "
                         f"with {option}")  # fmt: skip
