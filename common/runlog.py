@@ -114,13 +114,18 @@ class Means:
     def add(self, values):
         """Take in scalar tensors by name, without waiting for the device."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+            wide = torch.float32 if value.device.type == "mps" else torch.float64  # mps has no float64
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().to(wide)
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def pop(self):
         means = {name: self.sums[name] / self.counts[name] for name in self.sums}
         self.__init__()
         return means
+
+    def share(self, runtime):
+        """Give every rank the ranks' mean sums, which leaves their mean as it is; call on all ranks before saving."""
+        self.sums = {name: runtime.mean(value) for name, value in self.sums.items()}
 
     def state_dict(self):
         return {"sums": dict(self.sums), "counts": dict(self.counts)}

@@ -117,6 +117,7 @@ def train_aae(config: Config, rt: runtime.Runtime) -> None:
         return
 
     def save_last():
+        means.share(rt)
         if rt.is_main:
             extra = {"best": best, "stale": stale}
             checkpoint.save_training(last_path, step=step, objects=objects, config=settings, extra=extra)

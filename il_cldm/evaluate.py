@@ -210,7 +210,8 @@ def print_report(report: dict, folder: Path) -> None:
     print(f"\n{report['n']} subjects of the {report['split']} list; mask: {report['mask']}; data range 1")
     print(f"{'':14s}" + "".join(f"{c:>16s}" for c in columns))
     for method, table in report["metrics"].items():
-        print(f"{method:14s}" + "".join(f"{table[c]['mean']:>9.4f} ±{table[c]['sd']:6.3f}" for c in columns))
+        sd = {c: f" ±{table[c]['sd']:6.3f}" if report["n"] > 1 else "" for c in columns}
+        print(f"{method:14s}" + "".join(f"{table[c]['mean']:>9.4f}{sd[c]}" for c in columns))
     found = report["amyloid"]
     if "skipped" in found:
         print(f"amyloid status: skipped, {found['skipped']}")

@@ -27,7 +27,7 @@ class Options(cli.CommonOptions):
     size: str = option("full", "full: the networks and volumes of the paper; small: seconds, to try the program",
                        choices=("small", "full"))
     batch: int = option(1, "batch of the training steps; all else is one volume", unit="volumes")
-    repeats: int = option(0, "timed calls after an untimed one, while they take less than 10 s together; the fastest "
+    repeats: int = option(0, "timed calls after an untimed one, while all take less than 10 s; the fastest "
                              "counts; 0: 3 on the CPU, 10 elsewhere")
     paper: tuple[str, ...] = option(PAPERS, "papers to measure", choices=PAPERS)
     only: str = option("", "measure only the items whose name contains this")

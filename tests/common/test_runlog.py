@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,3 +141,15 @@ def test_means_go_on_after_a_resume():
     means = second.pop()
     assert means["loss"].item() == pytest.approx(0.25) and means["rare"].item() == 3
     assert second.pop() == {}
+
+
+def test_shared_means_hold_what_every_rank_added():
+    """A run of two ranks is saved by rank 0 alone; the mean that it logs after a resume must count rank 1's losses."""
+    ranks = Means(), Means()
+    for k, means in enumerate(ranks):
+        means.add({"loss": torch.tensor(1.0 + 2 * k)})
+    runtime = SimpleNamespace(mean=lambda value: torch.tensor(2.0, dtype=torch.float64))  # of 1 and 3
+    for means in ranks:
+        means.share(runtime)
+    assert ranks[0].state_dict() == ranks[1].state_dict()
+    assert ranks[0].pop()["loss"] == 2

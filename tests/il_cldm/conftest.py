@@ -18,7 +18,7 @@ TINY = (
 README_ORDER = ("train_aae", "test_aae", "enc", "enc_test", "train_ldm", "gen", "evaluate")
 
 
-def run_main(module, *args):
+def run_script_here(module, *args):
     """`python <module> args...` in this process; UserError and SystemExit come through."""
     before, sys.argv = sys.argv, [module.__file__, *map(str, args)]
     try:
@@ -29,7 +29,7 @@ def run_main(module, *args):
 
 def call(root, *args):
     """main.py on the study in `root` with the tiny networks; later options win."""
-    run_main(main, "--root", root, *TINY, *args)
+    run_script_here(main, "--root", root, *TINY, *args)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def phantom(tmp_path_factory):
     """Data alone: 5 training subjects (odd), 1 for validation (fewer than a batch), 3 for testing."""
     root = tmp_path_factory.mktemp("phantom")
     sizes = ("--n_train", 5, "--n_val", 1, "--n_test", 3, "--shape", 16, 16, 16)
-    run_main(make_phantom, "--out", root, *sizes)
+    run_script_here(make_phantom, "--out", root, *sizes)
     return root
 
 
