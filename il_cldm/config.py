@@ -177,11 +177,12 @@ PRESETS = {
     ),
     # Minutes on two CPU cores, for volumes of about 32 voxels a side (make_phantom.py --shape 28 32 28). At 6 mm a voxel, one
     # channel per 4x4x4 block keeps neither the PET nor the ventricles: the latent and the MRI map get eight. v prediction is
-    # what a short training can learn: an eps error at t = 999 comes back 25,000 times larger in x_0.
+    # what a short training can learn: an eps error at t = 999 comes back 25,000 times larger in x_0. Half of the labels are
+    # dropped, since sampling without one is what matters.
     "smoke": dict(
         batch_size=2, learning_rate=2e-3, lr_schedule="cosine", save_every=500, num_workers=0,
         latent_dim=8, aae_channels=8, aae_groups=8, disc_channels=(8, 16, 32), disc_start=400, aae_steps=800, aae_val_every=4,
-        ldm_batch_size=8, prediction="v", latent_mean="voxel", cond_channels=8, unet_channels=32, unet_mults=(1, 2), unet_groups=8,
+        ldm_batch_size=8, prediction="v", latent_mean="voxel", label_dropout=0.5, cond_channels=8, unet_channels=32, unet_mults=(1, 2), unet_groups=8,
         unet_res_blocks=1, ldm_steps=1200, ldm_val_every=4, select="loss", ema_decay=0.99, ema_start=100,
         steps=20, classifier_steps=150, bootstrap=1000,
     ),
