@@ -155,9 +155,15 @@ def _manifest():
         except importlib.metadata.PackageNotFoundError:
             continue
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "argv": sys.argv, "git_revision": git_revision(),
-            "python": platform.python_version(), "packages": versions,
+    return {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "argv": [_portable(word) for word in sys.argv],
+            "git_revision": git_revision(), "python": platform.python_version(), "packages": versions,
             "hardware": {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}}
+
+
+def _portable(word):
+    """A word of the command line without the folders above an absolute path: they name people and machines."""
+    option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+    return option + equals + (Path(value).name if os.path.isabs(value) else value)
 
 
 def git_revision():

@@ -15,10 +15,14 @@ FOLDER = Path(golden.__file__).parent
 ROOT = FOLDER.parents[1]
 
 
+HEAVY = ("aae_full", "disc_full", "vae_full")  # few parameters, large volumes
+REQUIRED = {"il_cldm": 30, "neuroldm3d": 38}
+
+
 def cases():
     for path in golden.find_cases([FOLDER]):
         case = json.loads(path.read_text())
-        heavy = case["n_params"] > 5e6 or path.stem in ("aae_full", "disc_full") or path.stem.startswith("stage1")
+        heavy = case["n_params"] > 5e6 or path.stem in HEAVY or path.stem.startswith("stage1")
         yield pytest.param(path, id=f"{path.parent.name}-{path.stem}", marks=[pytest.mark.slow] if heavy else [])
 
 
@@ -28,10 +32,11 @@ def test_case(path):
     assert result.status == "pass", result
 
 
-def test_every_required_case_is_here():
+@pytest.mark.parametrize("paper", REQUIRED)
+def test_every_required_case_is_here(paper):
     """Nobody drops a case by accident."""
-    required = [p for p in golden.find_cases([FOLDER / "il_cldm"]) if json.loads(p.read_text())["required"]]
-    assert len(required) == 30
+    required = [p for p in golden.find_cases([FOLDER / paper]) if json.loads(p.read_text())["required"]]
+    assert len(required) == REQUIRED[paper]
 
 
 def copy_case(folder, name, change=None, change_outputs=None):

@@ -135,7 +135,7 @@ def test_every_import_is_declared(tests):
     distributions = importlib.metadata.packages_distributions()
     undeclared = []
     for path in sources(".py"):
-        if (path.parts[0] == "tests") != tests:
+        if bool({"tests", "notebooks"} & set(path.parts)) != tests:
             continue
         for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

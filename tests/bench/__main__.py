@@ -1,4 +1,4 @@
-"""Print speed and memory of the full-size networks; about five minutes on two CPU cores.
+"""Print speed and memory of the full-size networks; minutes per paper on two CPU cores.
 
     python -m tests.bench
     python -m tests.bench --device cuda --repeats 20 --out bench.json
@@ -18,7 +18,7 @@ from pathlib import Path
 from common import cli
 from common.cli import option
 
-PAPERS = ("il_cldm",)
+PAPERS = ("il_cldm", "neuroldm3d")
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -15,7 +15,7 @@ from il_cldm.config import PRESETS, Config
 from il_cldm.dataset import PetDataset, Volumes
 from il_cldm.ldm import DenoiserWithMri, ldm_loss, noise_schedule
 from il_cldm.model import build_autoencoder, build_denoiser, build_discriminator
-from tests.bench.measure import measure
+from tests.bench.measure import LAYOUTS, failures, layout_table, measure
 
 SHAPES = {"full": (112, 128, 112), "small": (32, 32, 32)}
 
@@ -120,7 +120,6 @@ COMPUTE = {
     "encode": partial(coding, decode=False),
     "decode": partial(coding, decode=True),
 }
-LAYOUTS = ("contiguous", "channels_last_3d")
 ITEMS = {f"{name}, {layout}": partial(function, channels_last=layout != "contiguous")
          for name, function in COMPUTE.items() for layout in LAYOUTS}
 LOADERS = {"loader without workers": False, "loader with workers": True}
@@ -130,13 +129,7 @@ ITEMS |= {f"{name}, {source}": partial(loader, workers=workers, cached=source ==
 
 def report(results):
     """Lines of a table, the loader's ratio, and the cost of a sample by sampler."""
-    yield f"{'':24}{'contiguous':>12}{'peak GiB':>10}{'ch. last':>12}{'peak GiB':>10}{'ratio':>7}"
-    for name in COMPUTE:
-        pair = [results.get(f"{name}, {layout}", {}) for layout in LAYOUTS]
-        both = all("seconds" in r for r in pair)
-        cells = [f"{r['seconds']:10.3f} s{r['peak_gib']:10.2f}" if "seconds" in r else f"{'-':>12}{'-':>10}"
-                 for r in pair]
-        yield f"{name:24}{cells[0]}{cells[1]}" + (f"{pair[1]['seconds'] / pair[0]['seconds']:7.2f}" if both else "")
+    yield from layout_table(results, COMPUTE)
     for name in LOADERS:
         rates = [results.get(f"{name}, {source}", {}).get("per_second") for source in (".nii.gz", "cache")]
         if all(rates):
@@ -148,4 +141,4 @@ def report(results):
         yield (f"one sample (steps x denoising step + decode): ancestral 999 steps {cost[999]:.0f} s; DPM-Solver++ "
                f"50 steps {cost[50]:.1f} s ({cost[999] / cost[50]:.0f} times faster), "
                f"20 steps {cost[20]:.1f} s ({cost[999] / cost[20]:.0f} times faster)")
-    yield from (f"{name}: failed, {r['failed']}" for name, r in results.items() if "failed" in r)
+    yield from failures(results)

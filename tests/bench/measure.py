@@ -40,3 +40,22 @@ def measure(call, rt, repeats) -> dict:
     while len(seconds) < repeats and sum(seconds) < ENOUGH_S:
         seconds.append(timed())
     return {"seconds": min(seconds), "calls": len(seconds), "peak_gib": peak_gib(rt.device)}
+
+
+LAYOUTS = ("contiguous", "channels_last_3d")
+
+
+def layout_table(results, names):
+    """Lines: seconds and peak memory of each item by memory layout, and the ratio of the two times."""
+    yield f"{'':24}{'contiguous':>12}{'peak GiB':>10}{'ch. last':>12}{'peak GiB':>10}{'ratio':>7}"
+    for name in names:
+        pair = [results.get(f"{name}, {layout}", {}) for layout in LAYOUTS]
+        both = all("seconds" in r for r in pair)
+        cells = [f"{r['seconds']:10.3f} s{r['peak_gib']:10.2f}" if "seconds" in r else f"{'-':>12}{'-':>10}"
+                 for r in pair]
+        yield f"{name:24}{cells[0]}{cells[1]}" + (f"{pair[1]['seconds'] / pair[0]['seconds']:7.2f}" if both else "")
+
+
+def failures(results):
+    """A line for each item that failed."""
+    return [f"{name}: failed, {r['failed']}" for name, r in results.items() if "failed" in r]

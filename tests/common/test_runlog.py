@@ -153,3 +153,13 @@ def test_shared_means_hold_what_every_rank_added():
         means.share(runtime)
     assert ranks[0].state_dict() == ranks[1].state_dict()
     assert ranks[0].pop()["loss"] == 2
+
+
+def test_the_manifest_keeps_no_folders_of_this_machine(tmp_path, monkeypatch):
+    """Records are published with results; an absolute path in them tells who ran it and where."""
+    words = [tmp_path / "train.py", "--root", tmp_path / "study", f"--out={tmp_path / 'x.csv'}", "--n", 2, "sub/folder"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    with RunLog(tmp_path / "run", {}):
+        pass
+    argv = json.loads((tmp_path / "run" / "manifest.json").read_text())["argv"]
+    assert argv == ["train.py", "--root", "study", "--out=x.csv", "--n", "2", "sub/folder"]

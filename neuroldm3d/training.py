@@ -1,0 +1,202 @@
+"""What the trainers share: claiming a run folder, steps and learning rates, network files, a memory estimate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import checkpoint, runtime
+from common.cli import UserError, to_dict
+from common.runlog import Means
+
+# ---- options and run folders ----------------------------------------------------------------------------------------
+
+
+def check_options(config, rt: runtime.Runtime, batch_option: str) -> None:
+    """UserError for intervals and batch sizes that no loop can use; `batch_option` names the global batch."""
+    batch_size = getattr(config, batch_option)
+    for name in (batch_option, "accumulate", "log_every", "val_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
+    if batch_size % (parts := rt.world_size * config.accumulate):
+        raise UserError(f"--{batch_option} {batch_size} cannot be shared by {rt.world_size} rank(s) and "
+                        f"--accumulate {config.accumulate}: give a multiple of {parts}")  # fmt: skip
+
+
+def recorded(config) -> dict:
+    """All options for config.json; paths below --root are written relative to it, others without their folders."""
+    root = Path(config.root).resolve()
+
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if not isinstance(value, str) or not Path(value).is_absolute():
+            return value
+        path = Path(value).resolve()
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+    return {name: plain(value) for name, value in to_dict(config).items()}
+
+
+def claim_run(best_path: Path, last_path: Path, config, rt: runtime.Runtime, more: str = "") -> None:
+    """--restart removes the earlier run's checkpoints (and files of pattern `more` beside the best one).
+
+    Weights that no run here has written are not replaced: UserError.
+    """
+    if config.restart and rt.is_main:
+        ours = list(best_path.parent.glob(more)) if more and last_path.exists() else []
+        for path in (last_path, best_path, *ours):
+            path.unlink(missing_ok=True)
+    elif not config.restart and best_path.exists() and not last_path.exists():
+        raise UserError(f"{best_path} was not made by a run that can continue (no {last_path}): name another run "
+                        "folder, or replace it with --restart")  # fmt: skip
+    rt.barrier()
+
+
+def is_complete(what: str, step: int, last_step: int, stale: int, best_path: Path, config, rt) -> bool:
+    """Whether a resumed run has nothing left to do; says so."""
+    out_of_patience = bool(config.patience) and stale >= config.patience
+    done = best_path.exists() and (step >= last_step or out_of_patience)
+    rt.barrier()  # every rank has looked before any writes
+    if not done:
+        return False
+    why = f"no improvement in {stale} validations" if out_of_patience else "more epochs continue it"
+    rt.print(f"{what} is complete at step {step} ({best_path}): {why}; --restart begins anew")
+    return True
+
+
+def leave_if_stopped(what: str, step: int, last_step: int, stop: runtime.StopRequest, rt: runtime.Runtime) -> None:
+    """After SIGTERM or Ctrl-C end the program here, so that `a && b` in a shell does not go on with half a training."""
+    if stop.agree(rt):
+        rt.print(f"{what}: stopped on request at step {step} of {last_step}; the same command continues")
+        raise SystemExit(stop.exit_status)
+
+
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+def read_record(path: Path, keys: Iterable[str], remedy: str) -> dict:
+    """Content of a JSON record that a script here wrote; UserError (with `remedy`) if it is damaged or lacks `keys`."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(content, dict) or not set(keys) <= content.keys():
+        raise UserError(f"{path} is no record of this program; {remedy}")
+    return content
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+
+def restart_cosine(epoch: int, lr: float, t_0: int, t_mult: int, floor: float) -> float:
+    """Learning rate of an epoch (from 0): half cosines from `lr` to `floor` over t_0, t_0·t_mult, ... epochs."""
+    length = t_0
+    while epoch >= length:
+        epoch, length = epoch - length, length * t_mult
+    return floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * epoch / length))
+
+
+def falling_cosine(step: int, lr: float, total: int) -> float:
+    """Learning rate of a step: half a cosine from `lr` to zero at `total`."""
+    return lr * 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def micro_batches(n: int, *tensors: torch.Tensor):
+    """The tensors (B, ...) in n equal parts, side by side."""
+    return zip(*(x.chunk(n) for x in tensors), strict=True)
+
+
+def update_weights(scaler, clip_grad: float, optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    """One optimizer step; `clip_grad` is the largest gradient norm, 0 does not clip."""
+    if clip_grad:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def mean_losses(what: str, means: Means, step: int, rt: runtime.Runtime) -> dict[str, float]:
+    """Losses since the last call, averaged over steps and ranks; UserError if one is not finite."""
+    values = {name: rt.mean(value).item() for name, value in means.pop().items()}
+    if not all(map(math.isfinite, values.values())):
+        raise UserError(f"{what} diverged at step {step}: {values}; try a lower learning rate or --grad_clip 1, "
+                        "with --restart")  # fmt: skip
+    return values
+
+
+# ---- network files --------------------------------------------------------------------------------------------------
+
+
+def save_network(path: Path, kind: str, state: dict[str, torch.Tensor], settings: dict, **more) -> None:
+    """Weights of a network, the options that rebuild it, the weights' hash, and whatever else belongs to it."""
+    head = {"network": f"neuroldm3d {kind}", "state_dict": state, "config": settings}
+    checkpoint.save(path, head | more | {"hash": checkpoint.weights_hash(state)})
+
+
+def read_network(path: Path, kind: str, script: str, option: str, trust_pickle: bool) -> dict:
+    """Content of a network file, ours or the original's; a UserError names the script that makes a missing one."""
+    if not path.is_file():
+        raise UserError(f"no {kind} at {path}; train it with `python neuroldm3d/{script}` or name one with {option}")
+    saved = checkpoint.load(path, trust_pickle=trust_pickle)
+    if saved.get("network", f"neuroldm3d {kind}") != f"neuroldm3d {kind}":
+        raise UserError(f"{path} holds a {saved['network'].removeprefix('neuroldm3d ')}, not a {kind}; name one with "
+                        f"{option}")  # fmt: skip
+    return saved
+
+
+def memory_layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
+def frozen_network(network: nn.Module, rt: runtime.Runtime, channels_last: bool = False) -> nn.Module:
+    """The network on its device, in eval mode, without gradients."""
+    return network.to(rt.device, memory_format=memory_layout(channels_last)).eval().requires_grad_(False)
+
+
+# ---- --dry_run ------------------------------------------------------------------------------------------------------
+
+
+class SavedBytes:
+    """Counts what autograd keeps for the backward pass; on the meta device that costs neither time nor memory."""
+
+    def __enter__(self):
+        self.storages: dict[int, int] = {}
+        self.kept = []  # keeps storages alive, so that none is counted under a recycled address
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda x: x)
+        self.hooks.__enter__()
+        return self
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = tensor.numel() * tensor.element_size()
+        self.kept.append(storage)
+        return tensor
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    @property
+    def total(self) -> int:
+        return sum(self.storages.values())
+
+
+def print_memory(network: nn.Module, saved: SavedBytes, copies: tuple[str, ...], rt: runtime.Runtime) -> None:
+    """One line: parameters, and memory per rank of their float32 `copies` (weights, gradients, ...) and activations."""
+    count = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    fixed = 4 * len(copies) * count / 2**30
+    activations = saved.total / (2 if rt.autocast_dtype else 1) / 2**30  # autocast keeps most of them in 16 bits
+    rt.print(f"{count:,} parameters ({trained:,} trained); about {fixed + activations:.1f} GiB per rank "
+             f"({', '.join(dict.fromkeys(copies))} {fixed:.1f}; activations {activations:.1f})")  # fmt: skip
