@@ -37,7 +37,9 @@ class Shown:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return study.make(tmp_path_factory.mktemp("notebooks") / "study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other on a busy machine are slower than one
+        return study.make(tmp_path_factory.mktemp("notebooks") / "study")
 
 
 @pytest.fixture
@@ -47,6 +49,7 @@ def show(made, tmp_path, monkeypatch):
 
     monkeypatch.setenv("NEUROLDM3D_ROOT", str(made))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def execute(name):
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
