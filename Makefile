@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 PAPER  ?= il_cldm
 ARGS   ?=
+# Test processes, each on one thread: networks of the tests are small, and threads that wait for each other cost more than they give.
+JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
 # What `make demo` runs for each paper, and the order of PAPER=all.
 PAPERS          := il_cldm lapt neuroldm3d ldae mgdcr
@@ -36,7 +38,7 @@ help:
 	@echo "make lint                   set up, ruff only"
 	@echo "make setup | setup-dev      only create $(VENV) and install requirements.txt | requirements-dev.txt"
 	@echo "make clean                  remove $(VENV) and caches; data and results stay"
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PAPER=$(PAPER)"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PAPER=$(PAPER) JOBS=$(JOBS)"
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -72,7 +74,7 @@ demo: check-paper setup
 	@set -e; $(foreach paper,$(CHOSEN),(set -x; $(PY) $(DEMO_$(paper)) $(ARGS));)
 
 test: lint
-	@set -x; $(PY) -m pytest -q --durations=15 $(ARGS)
+	@set -x; OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
 
 bench: setup-dev
 	@set -x; $(PY) -m tests.bench $(ARGS)
