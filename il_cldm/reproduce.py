@@ -48,7 +48,7 @@ class Options(CommonOptions):
 
 PRESETS = {
     "phantom": {},
-    "smoke": dict(n_train=128, n_val=16, n_test=24, aae_steps=900, ldm_steps=1200, n_ancestral=4, samples=9,
+    "smoke": dict(n_train=128, n_val=12, n_test=24, aae_steps=700, ldm_steps=1000, n_ancestral=4, samples=9,
                   leak=False),
 }  # fmt: skip
 
