@@ -49,6 +49,9 @@ class RunLog:
         self._start = time.time() - (rows[-1]["seconds"] if rows else 0)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, so only when a run begins
 
+        # TensorBoard reads files by name, which begins with the second: a resume within it could come before its past.
+        while any((self.folder / "tensorboard").glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.02)
         self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=start_step + 1 if start_step else 0)
 
     def log(self, kind, step, **values):

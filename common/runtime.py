@@ -170,6 +170,12 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def leave(self, what, step, last_step, runtime):
+        """After a signal end the program here, so that nothing goes on with half a training; a collective call."""
+        if self.agree(runtime):
+            runtime.print(f"{what}: stopped on request at step {step} of {last_step}; the same command continues")
+            raise SystemExit(self.exit_status)
+
     def _handle(self, number, _frame):
         if number == signal.SIGINT and self.requested and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
@@ -269,3 +275,53 @@ def unwrap(module):
 
 def fused_optimizer_kwargs(device):
     return {"fused": True} if torch.device(device).type == "cuda" else {}
+
+
+def memory_layout(channels_last):
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
+def frozen_network(network, runtime, channels_last=False):
+    """The network on its device, in eval mode, without gradients."""
+    return network.to(runtime.device, memory_format=memory_layout(channels_last)).eval().requires_grad_(False)
+
+
+def micro_batches(n, *tensors):
+    """The tensors (B, ...) in n equal parts, side by side; None stays None."""
+    return zip(*([None] * n if x is None else x.chunk(n) for x in tensors), strict=True)
+
+
+def update_weights(scaler, clip_grad, *pairs):
+    """One step of each (optimizer, network) that got gradients; `clip_grad`: largest gradient norm, 0 does not clip."""
+    for optimizer, network in pairs:
+        if all(p.grad is None for p in network.parameters()):
+            continue
+        if clip_grad:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), clip_grad)
+        scaler.step(optimizer)
+    scaler.update()
+
+
+class SavedBytes:
+    """Counts what autograd keeps for the backward pass; on the meta device that costs neither time nor memory."""
+
+    def __enter__(self):
+        self.storages = {}
+        self.kept = []  # keeps storages alive, so that none is counted under a recycled address
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
+        self.hooks.__enter__()
+        return self
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = tensor.numel() * tensor.element_size()
+        self.kept.append(storage)
+        return tensor
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    @property
+    def total(self):
+        return sum(self.storages.values())

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import checkpoint, figures, metrics, nifti, runtime
+from common import checkpoint, figures, metrics, nifti, runtime, training
 from common.cli import UserError, frozen, to_dict
 from common.runlog import Means, RunLog, progress, write_json
 from il_cldm import dataset, upstream
@@ -25,6 +25,7 @@ from il_cldm.model import build_autoencoder, build_discriminator
 
 COMPRESSION = 4
 ARCHITECTURE = ("latent_dim", "aae_channels", "aae_groups", "kl_weight")  # what rebuilds the network of a checkpoint
+INTERVALS = ("aae_val_every", "ldm_val_every")
 LOG_COLUMNS = dict.fromkeys(("loss_rec", "loss_adv", "loss_disc"))  # in this order; None before --disc_start
 
 
@@ -75,7 +76,7 @@ def aae_step(
 def train_aae(config: Config, rt: runtime.Runtime) -> None:
     """Train stage 1 to RESULT/EXP/AAE.pth.tar (best on validation); resumes RESULT/EXP/aae/checkpoints/last.pt."""
     # ---- data
-    check_options(config, rt)
+    training.check_options(config, rt, intervals=INTERVALS)
     lists = dataset.check_splits(config)
     _, pet = dataset.open_volumes(config)
     train, validation = lists["train"], lists["validation"]
@@ -92,7 +93,7 @@ def train_aae(config: Config, rt: runtime.Runtime) -> None:
 
     # ---- model
     torch.manual_seed(config.seed)
-    layout = memory_layout(config.aae_channels_last)
+    layout = runtime.memory_layout(config.aae_channels_last)
     autoencoder = build_autoencoder(config).to(rt.device, memory_format=layout)
     discriminator = build_discriminator(config).to(rt.device, memory_format=layout)
     if config.compile:
@@ -107,13 +108,13 @@ def train_aae(config: Config, rt: runtime.Runtime) -> None:
     # ---- resume
     folder, best_path = config.run_folder / "aae", config.run_folder / "AAE.pth.tar"
     last_path = folder / "checkpoints" / "last.pt"
-    claim_run(best_path, last_path, config, rt)
+    training.claim_run(best_path, last_path, config, rt)
     settings = frozen_settings(config, "stage 1", train)
     objects = {"autoencoder": autoencoder, "discriminator": discriminator, "optimizer": optimizer,
                "optimizer_disc": optimizer_disc, "scaler": scaler, "means": means}  # fmt: skip
     step, extra = checkpoint.resume_training(last_path, objects=objects, config=settings)
     best, stale = extra.get("best", -math.inf), extra.get("stale", 0)
-    if is_complete("stage 1", step, last_step, stale, best_path, config, rt):
+    if training.is_complete("stage 1", step, last_step, stale, best_path, config, rt):
         return
 
     def save_last():
@@ -139,21 +140,21 @@ def train_aae(config: Config, rt: runtime.Runtime) -> None:
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            lr = set_learning_rate(config, step, total, optimizer, optimizer_disc)
+            lr = training.set_learning_rate(learning_rate(config, step, total), optimizer, optimizer_disc)
             x_batch = next(batches).to(rt.device, memory_format=layout, non_blocking=True)
             noise_batch = latent_noise(config, step, shape, rt)
             optimizer.zero_grad(set_to_none=True)
             optimizer_disc.zero_grad(set_to_none=True)
-            for x, noise in micro_batches(config.accumulate, x_batch, noise_batch):
+            for x, noise in runtime.micro_batches(config.accumulate, x_batch, noise_batch):
                 losses = aae_step(model, pair, x, config, adversarial=step >= config.disc_start, noise=noise,
                                   scale=scaler.get_scale() / config.accumulate, autocast=rt.autocast)  # fmt: skip
                 means.add(losses)
-            update_weights(scaler, config.clip_grad, (optimizer, autoencoder), (optimizer_disc, discriminator))
+            runtime.update_weights(scaler, config.clip_grad, (optimizer, autoencoder), (optimizer_disc, discriminator))
             step += 1
             bar.update()
 
             if step % config.log_every == 0 or step % steps_per_epoch == 0 or step == total:
-                values = LOG_COLUMNS | mean_losses("stage 1", means, step, rt)
+                values = LOG_COLUMNS | training.mean_losses("stage 1", means, step, rt)
                 log.log("train", step, epoch=step / steps_per_epoch, lr=lr, **values)
                 bar.set_postfix({name: f"{v:.4f}" for name, v in values.items() if v is not None})
             if step % validate_every == 0 or step == total:
@@ -178,20 +179,10 @@ def train_aae(config: Config, rt: runtime.Runtime) -> None:
         if not best_path.exists():
             save_best({})  # cut short before its first validation: still a usable file
         rt.barrier()
-    leave_if_stopped("stage 1", step, last_step, stop, rt)
+    stop.leave("stage 1", step, last_step, rt)
 
 
 # ---- what both stages share -----------------------------------------------------------------------------------------
-
-
-def check_options(config: Config, rt: runtime.Runtime) -> None:
-    """UserError for intervals and batch sizes that no loop can use."""
-    for name in ("batch_size", "accumulate", "log_every", "aae_val_every", "ldm_val_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
-    if config.batch_size % (parts := rt.world_size * config.accumulate):
-        raise UserError(f"--batch_size {config.batch_size} cannot be shared by {rt.world_size} rank(s) and "
-                        f"--accumulate {config.accumulate}: give a multiple of {parts}")  # fmt: skip
 
 
 def frozen_settings(config: Config, stage: str, names: list[str]) -> dict:
@@ -200,95 +191,11 @@ def frozen_settings(config: Config, stage: str, names: list[str]) -> dict:
     return frozen(config, {"training", stage}) | fixed
 
 
-def claim_run(best_path: Path, last_path: Path, config: Config, rt: runtime.Runtime) -> None:
-    """--restart removes the earlier run's checkpoints; weights that no run here has written are not replaced."""
-    if config.restart and rt.is_main:
-        for path in (last_path, best_path):
-            path.unlink(missing_ok=True)
-    elif not config.restart and best_path.exists() and not last_path.exists():
-        raise UserError(f"{best_path} was not made by a run that can continue (no {last_path}): name another --exp, or "
-                        "replace it with --restart")  # fmt: skip
-    rt.barrier()
-
-
-def is_complete(stage, step: int, last_step: int, stale: int, best_path: Path, config: Config, rt) -> bool:
-    """Whether a resumed run has nothing left to do; says so."""
-    out_of_patience = bool(config.patience) and stale >= config.patience
-    done = best_path.exists() and (step >= last_step or out_of_patience)
-    rt.barrier()  # every rank has looked before any writes
-    if not done:
-        return False
-    why = f"no improvement in {stale} validations" if out_of_patience else "more --epochs continue it"
-    rt.print(f"{stage} is complete at step {step} ({best_path}): {why}; --restart begins anew")
-    return True
-
-
-def set_learning_rate(config: Config, step: int, total: int, *optimizers: torch.optim.Optimizer) -> float:
-    """Set and return the learning rate of a step: constant, or half a cosine down to zero at `total`."""
-    lr = config.learning_rate
+def learning_rate(config: Config, step: int, total: int) -> float:
+    """Learning rate of a step: constant, or half a cosine down to zero at `total`."""
     if config.lr_schedule == "cosine":
-        lr *= 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-    return lr
-
-
-def memory_layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last_3d if channels_last else torch.contiguous_format
-
-
-def micro_batches(n: int, *tensors: torch.Tensor | None):
-    """The tensors (B, ...) in n equal parts, side by side; None stays None."""
-    return zip(*([None] * n if x is None else x.chunk(n) for x in tensors), strict=True)
-
-
-def update_weights(scaler, clip_grad: float, *pairs: tuple[torch.optim.Optimizer, nn.Module]) -> None:
-    """One step of every optimizer whose network got gradients; `clip_grad` 0 does not clip."""
-    for optimizer, network in pairs:
-        if all(p.grad is None for p in network.parameters()):
-            continue
-        if clip_grad:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(network.parameters(), clip_grad)
-        scaler.step(optimizer)
-    scaler.update()
-
-
-def mean_losses(stage: str, means: Means, step: int, rt: runtime.Runtime) -> dict[str, float]:
-    """Losses since the last call, averaged over steps and ranks; UserError if one is not finite."""
-    values = {name: rt.mean(value).item() for name, value in means.pop().items()}
-    if not all(map(math.isfinite, values.values())):
-        raise UserError(f"{stage} diverged at step {step}: {values}; try a lower --learning_rate or --clip_grad 1, "
-                        "with --restart")  # fmt: skip
-    return values
-
-
-def leave_if_stopped(stage: str, step: int, last_step: int, stop: runtime.StopRequest, rt: runtime.Runtime) -> None:
-    """After SIGTERM or Ctrl-C end the program here, so that no later stage runs on half a training."""
-    if stop.agree(rt):
-        rt.print(f"{stage}: stopped on request at step {step} of {last_step}; the same command continues")
-        raise SystemExit(stop.exit_status)
-
-
-def save_network(path: Path, kind: str, network: nn.Module, settings: dict, **more) -> None:
-    """Weights of a network, the options that rebuild it, the weights' hash, and whatever else belongs to it."""
-    state = network.state_dict()
-    head = {"network": f"il_cldm {kind}", "state_dict": state, "config": settings}
-    checkpoint.save(path, head | more | {"hash": checkpoint.weights_hash(state)})
-
-
-def read_network(path: Path, kind: str, stage: str, option: str, config: Config) -> dict:
-    """Content of a network file, ours or the original's; a UserError names the command that makes a missing one."""
-    if not path.is_file():
-        raise UserError(f"no {kind} at {path}; train it with `python il_cldm/main.py {stage}` or name one "
-                        f"with {option}")  # fmt: skip
-    return checkpoint.load(path, trust_pickle=config.trust_pickle)
-
-
-def frozen_network(network: nn.Module, channels_last: bool, rt: runtime.Runtime) -> nn.Module:
-    """The network on its device, in eval mode, without gradients."""
-    return network.to(rt.device, memory_format=memory_layout(channels_last)).eval().requires_grad_(False)
+        return training.falling_cosine(step, config.learning_rate, total)
+    return config.learning_rate
 
 
 def latent_noise(config: Config, step: int, shape: tuple[int, ...], rt: runtime.Runtime) -> torch.Tensor | None:
@@ -305,13 +212,15 @@ def latent_noise(config: Config, step: int, shape: tuple[int, ...], rt: runtime.
 
 def save_autoencoder(path: Path, autoencoder, config: Config, step: int, scores: dict, shape) -> None:
     settings = {name: getattr(config, name) for name in ARCHITECTURE}
-    save_network(path, "autoencoder", autoencoder, settings, step=step, scores=scores, shape=list(shape))
+    about = {"step": step, "scores": scores, "shape": list(shape)}
+    training.save_network(path, "il_cldm autoencoder", autoencoder.state_dict(), settings, **about)
 
 
 def load_autoencoder(config: Config, rt: runtime.Runtime):
     """Frozen autoencoder in eval mode and the hash of its weights; reads our files and the original's AAE.pth.tar."""
     path = config.aae_path
-    saved = read_network(path, "autoencoder", "--train_aae", "--checkpoint_aae", config)
+    option, command = "--checkpoint_aae", "main.py --train_aae"
+    saved = training.read_network(path, "il_cldm autoencoder", command, option, config.trust_pickle)
     if saved.get("network") == "il_cldm autoencoder":
         autoencoder = build_autoencoder(Config(**saved["config"]))
         checkpoint.load_weights(autoencoder, saved["state_dict"], path)
@@ -319,7 +228,7 @@ def load_autoencoder(config: Config, rt: runtime.Runtime):
         kind, autoencoder = upstream.from_checkpoint(saved, path)
         if kind != "AAE":
             raise UserError(f"{path} holds a {kind}, not an autoencoder; give --checkpoint_aae the AAE.pth.tar file")
-    autoencoder = frozen_network(autoencoder, config.aae_channels_last, rt)
+    autoencoder = runtime.frozen_network(autoencoder, rt, config.aae_channels_last)
     return autoencoder, checkpoint.weights_hash(autoencoder.state_dict())
 
 

@@ -67,30 +67,6 @@ def check_region(config: Config, name: str, mri: dataset.Volumes) -> None:
         )
 
 
-class SavedBytes:
-    """Counts what autograd keeps for the backward pass; on the meta device that costs neither time nor memory."""
-
-    def __enter__(self):
-        self.storages: dict[int, int] = {}
-        self.kept = []  # keeps storages alive, so that none is counted under a recycled address
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda x: x)
-        self.hooks.__enter__()
-        return self
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        self.storages[storage._cdata] = tensor.numel() * tensor.element_size()
-        self.kept.append(storage)
-        return tensor
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-    @property
-    def total(self) -> int:
-        return sum(self.storages.values())
-
-
 def dry_run(config: Config, rt: runtime.Runtime) -> None:
     """Print the resolved configuration, parameter counts, shapes and an estimate of training memory per rank."""
     shape = data_shape(config)
@@ -100,14 +76,14 @@ def dry_run(config: Config, rt: runtime.Runtime) -> None:
                     "denoiser": build_denoiser(config)}  # fmt: skip
         autoencoder, discriminator, denoiser = networks.values()
         x = torch.zeros(local, 1, *shape)
-        with SavedBytes() as stage1:
+        with runtime.SavedBytes() as stage1:
             x_hat = autoencoder(x)[0]
             logits = discriminator(x)
             reconstruction_loss(x_hat, x)
             discriminator(x_hat.detach().requires_grad_())
         z = autoencoder.encode(x).detach()
         index = torch.zeros(local, dtype=torch.long)
-        with SavedBytes() as stage2:
+        with runtime.SavedBytes() as stage2:
             denoiser(z, denoiser.condition(x), index, index)
     if not rt.is_main:
         return

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, metrics, runtime, schedulers
+from common import checkpoint, metrics, runtime, schedulers, training
 from common.cli import UserError, to_dict
 from common.ema import EMA
 from common.runlog import Means, RunLog, progress
@@ -82,7 +82,7 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
     """Train stage 2 to RESULT/EXP/Unet.pth.tar (best EMA on validation); resumes RESULT/EXP/ldm/checkpoints/last.pt."""
     # ---- data
     config = replace(config, batch_size=config.ldm_batch_size or config.batch_size)
-    aae.check_options(config, rt)
+    training.check_options(config, rt, intervals=aae.INTERVALS)
     lists = dataset.check_splits(config)
     train, validation = lists["train"], lists["validation"]
     table = dataset.read_labels(config)
@@ -100,7 +100,7 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
 
     # ---- model
     torch.manual_seed(config.seed)
-    layout = aae.memory_layout(config.unet_channels_last)
+    layout = runtime.memory_layout(config.unet_channels_last)
     config = replace(config, latent_dim=latent_shape[0])  # the autoencoder decides, not --latent_dim
     denoiser = build_denoiser(config).to(rt.device, memory_format=layout)
     if config.compile:
@@ -117,12 +117,12 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
     # ---- resume
     folder, best_path = config.run_folder / "ldm", config.run_folder / "Unet.pth.tar"
     last_path = folder / "checkpoints" / "last.pt"
-    aae.claim_run(best_path, last_path, config, rt)
+    training.claim_run(best_path, last_path, config, rt)
     settings = aae.frozen_settings(config, "stage 2", train) | {"aae": aae_hash}
     objects = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler, "means": means}
     step, extra = checkpoint.resume_training(last_path, objects=objects, config=settings)
     best, stale = extra.get("best", -math.inf), extra.get("stale", 0)
-    if aae.is_complete("stage 2", step, last_step, stale, best_path, config, rt):
+    if training.is_complete("stage 2", step, last_step, stale, best_path, config, rt):
         return
 
     def save_last():
@@ -148,7 +148,7 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            lr = aae.set_learning_rate(config, step, total, optimizer)
+            lr = training.set_learning_rate(aae.learning_rate(config, step, total), optimizer)
             x_batch, z_batch, label_batch = (v.to(rt.device, non_blocking=True) for v in next(batches))
             t_batch, eps_batch, dropped = draw(config, step, latent_shape, rt)
             if config.label_dropout > 0:
@@ -156,18 +156,18 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
                 label_batch = torch.where(dropped, config.num_classes, label_batch)
             optimizer.zero_grad(set_to_none=True)
             batch = (z_batch, x_batch, label_batch, t_batch, eps_batch)
-            for z_0, x, label, t, eps in aae.micro_batches(config.accumulate, *batch):
+            for z_0, x, label, t, eps in runtime.micro_batches(config.accumulate, *batch):
                 with rt.autocast():
                     loss = ldm_loss(model, schedule, z_0, x, label, t, eps)
                 scaler.scale(loss / config.accumulate).backward()
                 means.add({"loss": loss})
-            aae.update_weights(scaler, config.clip_grad, (optimizer, denoiser))
+            runtime.update_weights(scaler, config.clip_grad, (optimizer, denoiser))
             ema.update(denoiser)
             step += 1
             bar.update()
 
             if step % config.log_every == 0 or step % steps_per_epoch == 0 or step == total:
-                values = aae.mean_losses("stage 2", means, step, rt)
+                values = training.mean_losses("stage 2", means, step, rt)
                 log.log("train", step, epoch=step / steps_per_epoch, lr=lr, **values)
                 bar.set_postfix({name: f"{v:.4f}" for name, v in values.items()})
             if step % validate_every == 0 or step == total:
@@ -190,7 +190,7 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
         if not best_path.exists():
             save_best({})  # cut short before its first validation: still a usable file
         rt.barrier()
-    aae.leave_if_stopped("stage 2", step, last_step, stop, rt)
+    stop.leave("stage 2", step, last_step, rt)
 
 
 @torch.inference_mode()
@@ -360,9 +360,9 @@ def sample_latents(
 
 def save_denoiser(path, denoiser, config: Config, stats: dict, aae_hash: str, step: int, scores: dict, shape) -> None:
     settings = {name: getattr(config, name) for name in ARCHITECTURE}
-    aae.save_network(
-        path, "denoiser", denoiser, settings, latents=stats, aae=aae_hash, step=step, scores=scores, shape=list(shape),
-        preparation=preparation(config),
+    training.save_network(
+        path, "il_cldm denoiser", denoiser.state_dict(), settings, latents=stats, aae=aae_hash, step=step,
+        scores=scores, shape=list(shape), preparation=preparation(config),
     )  # fmt: skip
 
 
@@ -390,7 +390,8 @@ def check_grid(trained: Trained, shape: tuple[int, ...], path: Path) -> None:
 def load_denoiser(config: Config, rt: runtime.Runtime, aae_hash: str) -> Trained:
     """The trained (EMA) denoiser; reads our files and the original's Unet.pth.tar, which has unnormalised latents."""
     path = config.unet_path
-    saved = aae.read_network(path, "denoiser", "--train_ldm", "--checkpoint_unet", config)
+    option, command = "--checkpoint_unet", "main.py --train_ldm"
+    saved = training.read_network(path, "il_cldm denoiser", command, option, config.trust_pickle)
     if saved.get("network") == "il_cldm denoiser":
         if saved["aae"] != aae_hash:
             raise UserError(f"{path} was trained on latents of autoencoder {saved['aae']}, but {config.aae_path} is "
@@ -405,7 +406,7 @@ def load_denoiser(config: Config, rt: runtime.Runtime, aae_hash: str) -> Trained
         settings = SimpleNamespace(noiseSteps=1000, beta_start=1e-4, beta_end=0.02, prediction="eps")
         channels, num_classes = denoiser.conv_out.out_channels, denoiser.projector.label.num_embeddings
         stats = {"mean": [0.0] * channels, "std": [1.0] * channels}
-    denoiser = aae.frozen_network(denoiser, config.unet_channels_last, rt)
+    denoiser = runtime.frozen_network(denoiser, rt, config.unet_channels_last)
     return Trained(
         denoiser,
         noise_schedule(settings),

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import nifti, schedulers
+from common import nifti, schedulers, training
 from common.blocks3d import sinusoidal_embedding
 from common.cli import UserError
 from common.ema import EMA
-from neuroldm3d import dataset, preprocess, training
+from neuroldm3d import dataset, preprocess
 from neuroldm3d.classifier import metrics as classifier_metrics
 from neuroldm3d.classifier.model import CNN3D, DROP_PATH, FILTERS, EfficientNetV2L, StochasticDepth
 from neuroldm3d.diffusion.model import (

@@ -135,8 +135,8 @@ def output(out: Path, name: str, kind: str) -> Path:
 
 def claim_folder(out: Path, settings: dict, names: list[str], overwrite: bool, rt) -> None:
     """Enter these volumes in OUT/reconstructions.json; UserError for outputs of other settings or files not ours."""
+    from common import training
     from common.runlog import write_json
-    from neuroldm3d import training
 
     path = out / "reconstructions.json"
     remedy = "delete the folder or name another --out"

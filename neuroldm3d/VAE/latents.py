@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import checkpoint, runtime
+from common import checkpoint, runtime, training
 from common.checkpoint import replacing
 from common.cli import UserError
 from common.runlog import write_json
-from neuroldm3d import training, upstream
+from neuroldm3d import upstream
 from neuroldm3d.dataset import CLASSES
 from neuroldm3d.preprocess import Preparation
 from neuroldm3d.VAE.model import AutoencoderKL
@@ -53,7 +53,7 @@ class TrainedVAE:
 
 def load_vae(path: Path, rt: runtime.Runtime, *, trust_pickle=False, option="--vae", channels_last=False) -> TrainedVAE:
     """The VAE of a file, ours or the original's (whose volumes are z-scored); UserError for anything else."""
-    saved = training.read_network(path, "vae", "VAE/train.py", option, trust_pickle)
+    saved = training.read_network(path, "neuroldm3d vae", "VAE/train.py", option, trust_pickle)
     if "network" in saved:
         model = AutoencoderKL(**saved["config"])
         checkpoint.load_weights(model, saved["state_dict"], path)
@@ -63,7 +63,7 @@ def load_vae(path: Path, rt: runtime.Runtime, *, trust_pickle=False, option="--v
         if not isinstance(model, AutoencoderKL):
             raise UserError(f"{path} holds a {kind}, not a VAE; name one with {option}")
         preparation = Preparation(norm="zscore")
-    model = training.frozen_network(model, rt, channels_last)
+    model = runtime.frozen_network(model, rt, channels_last)
     return TrainedVAE(model, preparation, checkpoint.weights_hash(model.state_dict()))
 
 

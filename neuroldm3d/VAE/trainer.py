@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import checkpoint, figures, runtime
+from common import checkpoint, figures, runtime, training
 from common.cli import UserError, frozen
 from common.ema import EMA
 from common.runlog import Means, RunLog, progress
-from neuroldm3d import dataset, training
+from neuroldm3d import dataset
 from neuroldm3d.preprocess import Preparation, units
 from neuroldm3d.VAE import latents
 from neuroldm3d.VAE.config import Config
@@ -100,7 +100,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
 
     # ---- model
     torch.manual_seed(config.seed)
-    layout = training.memory_layout(config.channels_last)
+    layout = runtime.memory_layout(config.channels_last)
     vae = build_vae(config)
     # Deviation (original code): training starts from scratch; there an unpublished checkpoint is needed.
     source = load_init(vae, config, prep, rt) if config.init else None
@@ -155,18 +155,18 @@ def train(config: Config, rt: runtime.Runtime) -> None:
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            lr = training.set_learning_rate(optimizer, learning_rate(config, step, total, steps_per_epoch))
+            lr = training.set_learning_rate(learning_rate(config, step, total, steps_per_epoch), optimizer)
             x_batch = next(batches).to(rt.device, memory_format=layout, non_blocking=True)
             eps_batch = draw_eps(config, step, latent_shape, rt)
             slices = runtime.generator(config.seed, "lpips", step)
             optimizer.zero_grad(set_to_none=True)
-            for x, eps in training.micro_batches(config.accumulate, x_batch, eps_batch):
+            for x, eps in runtime.micro_batches(config.accumulate, x_batch, eps_batch):
                 with rt.autocast():
                     x_hat, mu, logvar = model(x, eps)
                 losses = vae_loss(x_hat, mu, logvar, x, config, lpips, slices)
                 scaler.scale(losses["loss"] / config.accumulate).backward()
                 means.add(losses)
-            training.update_weights(scaler, config.grad_clip, optimizer, vae)
+            runtime.update_weights(scaler, config.grad_clip, (optimizer, vae))
             if ema:
                 ema.update(vae)
             step += 1
@@ -198,7 +198,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
         if not best_path.exists():
             save_best({})  # cut short before its first validation: still a usable file
         rt.barrier()
-    training.leave_if_stopped("VAE", step, last_step, stop, rt)
+    stop.leave("VAE", step, last_step, rt)
 
 
 @torch.inference_mode()
@@ -275,7 +275,7 @@ def load_init(vae: AutoencoderKL, config: Config, prep: Preparation, rt: runtime
 
 def save_vae(path: Path, vae: AutoencoderKL, config: Config, prep: Preparation, **more) -> None:
     settings = {name: getattr(config, name) for name in ARCHITECTURE}
-    training.save_network(path, "vae", vae.state_dict(), settings, preparation=prep.to_dict(), **more)
+    training.save_network(path, "neuroldm3d vae", vae.state_dict(), settings, preparation=prep.to_dict(), **more)
 
 
 def dry_run(config: Config, rt: runtime.Runtime) -> None:
@@ -286,7 +286,7 @@ def dry_run(config: Config, rt: runtime.Runtime) -> None:
         vae = build_vae(config)
         x = torch.zeros(local, 1, *config.shape)
         eps = torch.zeros(local, config.latent_channels, *(n // vae.compression for n in config.shape))
-        with training.SavedBytes() as saved:
+        with runtime.SavedBytes() as saved:
             x_hat, mu, _ = vae(x, eps)
     rt.print(json.dumps(training.recorded(config), indent=2))
     rt.print(f"volumes {tuple(x.shape)} -> latents {tuple(mu.shape)} -> {tuple(x_hat.shape)}")

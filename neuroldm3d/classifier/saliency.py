@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from scipy import ndimage, stats
 from torch import Tensor, nn
 
-from common import figures, nifti, runtime
+from common import figures, nifti, runtime, training
 from common.cli import UserError, to_dict
 from common.metrics import bootstrap_interval
 from common.runlog import progress, write_json
-from neuroldm3d import dataset, preprocess, regions, training
+from neuroldm3d import dataset, preprocess, regions
 from neuroldm3d.classifier import attribution, composition, metrics, trainer
 from neuroldm3d.classifier.config import RunSaliencyOptions, SaliencyOptions
 from neuroldm3d.dataset import CLASSES, Row

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from common import checkpoint, runtime
+from common import checkpoint, runtime, training
 from common.checkpoint import replacing
 from common.cli import UserError, frozen
 from common.runlog import Means, RunLog, progress, write_json
-from neuroldm3d import dataset, preprocess, training, upstream
+from neuroldm3d import dataset, preprocess, upstream
 from neuroldm3d.classifier import composition, metrics
 from neuroldm3d.classifier.composition import Fold
 from neuroldm3d.classifier.config import Config
@@ -103,7 +103,7 @@ def load_classifier(path: Path, rt: runtime.Runtime, *, trust_pickle: bool = Fal
     The content has `preparation`, `pad`, and for ours `seen` (names of training and validation), `threshold`,
     `temperature`. UserError for anything else.
     """
-    saved = training.read_network(path, "classifier", "classifier/train.py", option, trust_pickle)
+    saved = training.read_network(path, "neuroldm3d classifier", "classifier/train.py", option, trust_pickle)
     if "network" in saved:
         network = build_classifier(saved["config"])
         checkpoint.load_weights(network, saved["state_dict"], path)
@@ -113,7 +113,7 @@ def load_classifier(path: Path, rt: runtime.Runtime, *, trust_pickle: bool = Fal
             raise UserError(f"{path} holds a {kind}, not a classifier; name one with {option}")
         saved = {"preparation": Preparation(norm="zscore").to_dict(), "pad": "zero", "seen": None}
         saved["hash"] = checkpoint.weights_hash(network.state_dict())
-    return training.frozen_network(network, rt).to(memory_format=network.fast_layout), saved
+    return runtime.frozen_network(network, rt).to(memory_format=network.fast_layout), saved
 
 
 def classifier_step(network, x, labels, *, scale=1.0, autocast=nullcontext) -> dict[str, torch.Tensor]:
@@ -245,7 +245,7 @@ def train_fold(config: Config, rt: runtime.Runtime, fold: Fold, volumes: dataset
             torch.manual_seed(runtime.generator(config.seed, "dropout", step, rt.rank).initial_seed())
             adam.zero_grad(set_to_none=True)
             means.add(classifier_step(model, x, labels, scale=scaler.get_scale(), autocast=rt.autocast))
-            training.update_weights(scaler, config.grad_clip, adam, network)
+            runtime.update_weights(scaler, config.grad_clip, (adam, network))
             step += 1
             bar.update()
 
@@ -281,7 +281,7 @@ def train_fold(config: Config, rt: runtime.Runtime, fold: Fold, volumes: dataset
         if not best_path.exists():  # cut short before its first validation: still a usable file
             save_best(predict(network, volumes, fold.val, config.pad, config.eval_batch, rt))
         rt.barrier()
-    training.leave_if_stopped(what, step, last_step, stop, rt)
+    stop.leave(what, step, last_step, rt)
 
 
 def check_options(config: Config, rt: runtime.Runtime) -> None:
@@ -300,14 +300,14 @@ def set_learning_rate(config: Config, optimizer: torch.optim.Optimizer, epoch: i
     lr = config.learning_rate
     if config.scheduler == "cosine":
         lr = training.restart_cosine(epoch, lr, config.lr_t0, config.lr_t_mult, config.lr_min)
-    return training.set_learning_rate(optimizer, lr)
+    return training.set_learning_rate(lr, optimizer)
 
 
 def save_classifier(path, network, config: Config, fold: Fold, step: int, steps_per_epoch: int, labels, logits) -> None:
     """best_model.pth: weights, settings, whom it has seen, and threshold and temperature chosen on validation."""
     threshold = metrics.youden_threshold(labels, probabilities(logits))
     training.save_network(
-        path, "classifier", network.state_dict(), architecture(config),
+        path, "neuroldm3d classifier", network.state_dict(), architecture(config),
         preparation=composition.preparation(config).to_dict(), pad=config.pad, step=step, epoch=step / steps_per_epoch,
         val_loss=metrics.log_loss(labels, logits), temperature=metrics.fit_temperature(labels, logits),
         threshold=threshold if math.isfinite(threshold) else THRESHOLD, counts=composition.counts(fold),
@@ -446,7 +446,7 @@ def dry_run(config: Config, rt: runtime.Runtime) -> None:
     with torch.device("meta"):
         network = build_classifier(architecture(config))
         x = torch.zeros(config.batch_size // rt.world_size, *shape)
-        with training.SavedBytes() as saved:
+        with runtime.SavedBytes() as saved:
             logits = network(x)
     rt.print(json.dumps(training.recorded(config), indent=2))
     rt.print(f"inputs {tuple(x.shape)} -> logits {tuple(logits.shape)}")

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common import figures, runtime
+from common import figures, runtime, training
 from common.checkpoint import replacing
 from common.cli import UserError
 from common.runlog import git_revision, progress, write_json
-from neuroldm3d import dataset, training
+from neuroldm3d import dataset
 from neuroldm3d.dataset import CLASSES, Row
 from neuroldm3d.diffusion import fid
 from neuroldm3d.diffusion.features import Features, load_features
@@ -154,7 +154,7 @@ def find_preparation(options) -> Preparation:
     made_with = None if options.synthetic_csv else dataset.synthetic_preparation(Path(options.synthetic_folder))
     if made_with is not None:
         return made_with
-    saved = training.read_network(Path(options.vae), "vae", "VAE/train.py", "--vae", trust_pickle=False)
+    saved = training.read_network(Path(options.vae), "neuroldm3d vae", "VAE/train.py", "--vae", trust_pickle=False)
     return Preparation.from_dict(saved["preparation"]) if "network" in saved else Preparation(norm="zscore")
 
 

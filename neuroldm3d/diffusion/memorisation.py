@@ -318,8 +318,9 @@ def check_memorisation(options: Options, rt) -> dict:
     """Audit in latent space, and in feature space on request; writes OUTPUT_DIR and returns summary.json's content."""
     import torch
 
+    from common import training
     from common.runlog import git_revision
-    from neuroldm3d import dataset, training
+    from neuroldm3d import dataset
     from neuroldm3d.diffusion.evaluation import synthetic_rows
     from neuroldm3d.diffusion.features import load_features
     from neuroldm3d.VAE import latents

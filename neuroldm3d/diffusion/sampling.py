@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint, nifti, runtime, schedulers
+from common import checkpoint, nifti, runtime, schedulers, training
 from common.checkpoint import replacing
 from common.cli import UserError
 from common.runlog import write_json
-from neuroldm3d import preprocess, training, upstream
+from neuroldm3d import preprocess, upstream
 from neuroldm3d.dataset import CLASSES, SYNTHETIC_RECORD
 from neuroldm3d.diffusion.model import DiT3D
 from neuroldm3d.VAE import latents
@@ -53,7 +53,7 @@ def load_dit(path: Path, rt: runtime.Runtime, *, weights="ema", trust_pickle=Fal
 
     weights: "ema", the average, or "raw", the optimizer's own. UserError for anything else than a DiT.
     """
-    saved = training.read_network(path, "dit", "diffusion/train.py", option, trust_pickle)
+    saved = training.read_network(path, "neuroldm3d dit", "diffusion/train.py", option, trust_pickle)
     if "network" in saved:
         model, diffusion = DiT3D(**saved["config"]), saved["diffusion"]
         checkpoint.load_weights(model, saved["state_dict" if weights == "ema" else "raw_state_dict"], path)
@@ -67,7 +67,7 @@ def load_dit(path: Path, rt: runtime.Runtime, *, weights="ema", trust_pickle=Fal
         schedule, variance = noise_schedule("linear", 1000, 1e-4, 0.02, "eps"), "small"
         affine = about = None
         stats = {"mean": [0.0] * model.in_channels, "std": [1.0] * model.in_channels}
-    model = training.frozen_network(model, rt)
+    model = runtime.frozen_network(model, rt)
     used = checkpoint.weights_hash(model.state_dict())
     return TrainedDiT(model, schedule, variance, stats, used, saved.get("vae"), affine, about)
 

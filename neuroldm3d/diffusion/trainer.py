@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint, figures, runtime, schedulers
+from common import checkpoint, figures, runtime, schedulers, training
 from common.cli import UserError, frozen
 from common.ema import EMA
 from common.runlog import Means, RunLog, progress
-from neuroldm3d import training
 from neuroldm3d.dataset import CLASSES
 from neuroldm3d.diffusion import sampling
 from neuroldm3d.diffusion.config import Config
@@ -142,19 +141,19 @@ def train(config: Config, rt: runtime.Runtime) -> None:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
             lr = training.falling_cosine(step, config.lr, total) if config.lr_schedule == "cosine" else config.lr
-            training.set_learning_rate(optimizer, lr)
+            training.set_learning_rate(lr, optimizer)
             z_batch, label_batch = (x.to(rt.device, non_blocking=True) for x in next(batches))
             t_batch, eps_batch, u = draw(config, step, data.shape, rt)
             if config.label_dropout > 0:
                 label_batch = drop_labels(label_batch, u, config.label_dropout, dit.null_label)
             optimizer.zero_grad(set_to_none=True)
             batch = (z_batch, label_batch, t_batch, eps_batch)
-            for z_0, label, t, eps in training.micro_batches(config.accumulate, *batch):
+            for z_0, label, t, eps in runtime.micro_batches(config.accumulate, *batch):
                 with rt.autocast():
                     loss = dit_loss(model, schedule, z_0, label, t, eps, config.loss_type, config.min_snr).mean()
                 scaler.scale(loss / config.accumulate).backward()
                 means.add({"loss": loss})
-            training.update_weights(scaler, config.grad_clip, optimizer, dit)
+            runtime.update_weights(scaler, config.grad_clip, (optimizer, dit))
             ema.update(dit)
             step += 1
             bar.update()
@@ -188,7 +187,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
         if not best_path.exists():
             save_weights(best_path, {})  # cut short before its first validation: still a usable file
         rt.barrier()
-    training.leave_if_stopped("DiT", step, last_step, stop, rt)
+    stop.leave("DiT", step, last_step, rt)
 
 
 @torch.inference_mode()
@@ -260,7 +259,7 @@ def save_dit(path: Path, dit: DiT3D, ema: EMA, settings: dict, config: Config, s
     shared = {key: record[key] for key in ("vae", "preparation", "affine")}
     about = {key: record["splits"]["train"][key] for key in ("label_counts", "csv_hash")}
     training.save_network(
-        path, "dit", ema.module.state_dict(), settings, raw_state_dict=runtime.unwrap(dit).state_dict(),
+        path, "neuroldm3d dit", ema.module.state_dict(), settings, raw_state_dict=runtime.unwrap(dit).state_dict(),
         diffusion=diffusion, latents=stats, **shared, **about, **more,
     )  # fmt: skip
 
@@ -282,7 +281,7 @@ def dry_run(config: Config, rt: runtime.Runtime) -> None:
     with torch.device("meta"):
         dit = DiT3D(**architecture(config, tuple(shape)), checkpointing=config.checkpointing)
         z, index = torch.zeros(local, *shape), torch.zeros(local, dtype=torch.long)
-        with training.SavedBytes() as saved:
+        with runtime.SavedBytes() as saved:
             dit(z, index, index)
     rt.print(json.dumps(training.recorded(config), indent=2))
     rt.print(f"latents {tuple(z.shape)} -> {math.prod(dit.grid)} tokens of width {dit.time2.out_features}")

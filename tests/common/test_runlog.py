@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,6 +79,18 @@ def test_resumed_log_equals_uninterrupted(tmp_path):
     assert seconds == sorted(seconds)
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
     assert manifest["start_step"] == 5 and [m["start_step"] for m in manifest["earlier_starts"]] == [0]
+
+
+def test_events_of_a_resume_come_last_even_within_a_second(tmp_path):
+    with RunLog(tmp_path, CONFIG) as log:
+        write(log, range(1, 4))
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    late = first.with_name(f"events.out.tfevents.{int(time.time()):010d}.zzz.1.9")  # sorts last in its second
+    first.rename(late)
+    with RunLog(tmp_path, CONFIG, start_step=2) as log:
+        write(log, [3])
+    assert sorted((tmp_path / "tensorboard").iterdir())[0] == late
+    assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [1, 2, 3]
 
 
 def test_from_step_0_is_a_new_log(tmp_path):

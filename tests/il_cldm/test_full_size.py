@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import runtime
 from il_cldm.aae import RealAndFake, aae_step
-from il_cldm.checks import SavedBytes
 from il_cldm.config import Config
 from il_cldm.ldm import DenoiserWithMri, ldm_loss, noise_schedule
 from il_cldm.losses import reconstruction_loss
@@ -70,7 +70,7 @@ def resident_gib():
 def report(stage):
     with torch.device("meta"):
         on_meta = stage()
-        with SavedBytes() as estimate:
+        with runtime.SavedBytes() as estimate:
             on_meta.forward()
     torch.manual_seed(0)
     real = stage()

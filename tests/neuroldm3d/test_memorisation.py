@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common import nifti
+from common import nifti, training
 from common.cli import UserError
-from neuroldm3d import dataset, preprocess, training
+from neuroldm3d import dataset, preprocess
 from neuroldm3d.classifier.model import CNN3D
 from neuroldm3d.diffusion import memorisation
 from neuroldm3d.diffusion.memorisation import audit, chance_below, compare, describe, distance_matrix, nearest
@@ -167,7 +167,7 @@ def with_vae(cohort, tmp_path_factory):
     shutil.copytree(cohort, root)
     stages.train_vae(root, "--steps", 40)
     run_main(save_latent, "--root", root, *stages.COMMON)
-    saved = training.read_network(root / "runs" / "vae" / "best_vae.pth", "vae", "", "", False)
+    saved = training.read_network(root / "runs" / "vae" / "best_vae.pth", "neuroldm3d vae", "", "", False)
     prep = preprocess.Preparation.from_dict(saved["preparation"])
     volumes = dataset.Volumes(prep, None)
     tables = {name: dataset.read_table(root / "data_csvs" / f"{name}.csv") for name in ("train", "val")}
@@ -221,10 +221,10 @@ def test_script_passes_clean_samples(with_vae, tmp_path):
 
 
 def test_feature_space_beside_the_latent_one(with_vae, tmp_path):
-    saved = training.read_network(with_vae / "runs" / "vae" / "best_vae.pth", "vae", "", "", False)
+    saved = training.read_network(with_vae / "runs" / "vae" / "best_vae.pth", "neuroldm3d vae", "", "", False)
     weights, settings = tmp_path / "best_model.pth", {"model": "3d", "filters": [4, 8], "dropout": 0.0}
     training.save_network(
-        weights, "classifier", CNN3D((4, 8), 0.0).state_dict(), settings, preparation=saved["preparation"],
+        weights, "neuroldm3d classifier", CNN3D((4, 8), 0.0).state_dict(), settings, preparation=saved["preparation"],
         pad="background", seen=[],
     )  # fmt: skip
     args = ("--features", "classifier", "--weights", weights, "--output_dir", tmp_path / "out")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import nifti, runtime
+from common import nifti, runtime, training
 from common.cli import UserError
-from neuroldm3d import dataset, preprocess, training
+from neuroldm3d import dataset, preprocess
 from neuroldm3d.classifier.model import CNN3D
 from neuroldm3d.diffusion import evaluation, per_slice_fid, per_slice_fid_ignite
 from neuroldm3d.preprocess import Preparation
@@ -117,7 +117,7 @@ def test_a_set_with_itself_is_zero_at_every_position(study, prep):
 
 
 def make_vae_file(root, prep):
-    training.save_network(root / "runs" / "vae" / "best_vae.pth", "vae", {}, {}, preparation=prep.to_dict())
+    training.save_network(root / "runs" / "vae" / "best_vae.pth", "neuroldm3d vae", {}, {}, preparation=prep.to_dict())
 
 
 @pytest.mark.slow
@@ -336,7 +336,8 @@ def test_classifier_features_of_whole_volumes(compared, tmp_path, prep):
     settings = {"model": "3d", "filters": [4, 8], "dropout": 0.0, "in_channels": 34}
     path = tmp_path / "best_model.pth"
     state = CNN3D((4, 8), 0.0).state_dict()
-    training.save_network(path, "classifier", state, settings, preparation=prep.to_dict(), pad="background", seen=[])
+    about = {"preparation": prep.to_dict(), "pad": "background", "seen": []}
+    training.save_network(path, "neuroldm3d classifier", state, settings, **about)
     options = per_slice_fid.Options(root=str(compared), features="classifier", weights=str(path), device="cpu",
                                     output_dir=str(tmp_path / "out"), bootstrap=3)  # fmt: skip
     with runtime.start("cpu") as rt:
@@ -346,7 +347,8 @@ def test_classifier_features_of_whole_volumes(compared, tmp_path, prep):
     assert overall["positions"] == 1 and overall["synthetic"]["fid"] > overall["baseline"]["fid"]
     assert "axes" not in result and not list((tmp_path / "out").glob("axis*"))
     other = Preparation(shape=(28, 40, 32))
-    training.save_network(path, "classifier", state, settings, preparation=other.to_dict(), pad="background", seen=[])
+    about = {"preparation": other.to_dict(), "pad": "background", "seen": []}
+    training.save_network(path, "neuroldm3d classifier", state, settings, **about)
     with runtime.start("cpu") as rt, pytest.raises(UserError, match="was trained on Preparation"):
         evaluation.evaluate(per_slice_fid.Options(root=str(compared), features="classifier", weights=str(path),
                                                   output_dir=str(tmp_path / "other")), rt)  # fmt: skip

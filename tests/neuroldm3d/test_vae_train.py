@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint, cli, nifti, runtime
+from common import checkpoint, cli, nifti, runtime, training
 from common.cli import UserError
-from neuroldm3d import dataset, training, upstream
+from neuroldm3d import dataset, upstream
 from neuroldm3d.VAE import latents, trainer
 from neuroldm3d.VAE import train as vae_train
 from neuroldm3d.VAE.config import PRESETS, Config

@@ -1,4 +1,4 @@
-"""What the trainers share: claiming a run folder, steps and learning rates, network files, a memory estimate."""
+"""What the trainers share: run folders and records, learning rates and losses, network files, a memory estimate."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from common.runlog import Means
 # ---- options and run folders ----------------------------------------------------------------------------------------
 
 
-def check_options(config, rt: runtime.Runtime, batch_option: str) -> None:
+def check_options(config, rt: runtime.Runtime, batch_option: str = "batch_size", intervals=("val_every",)) -> None:
     """UserError for intervals and batch sizes that no loop can use; `batch_option` names the global batch."""
     batch_size = getattr(config, batch_option)
-    for name in (batch_option, "accumulate", "log_every", "val_every"):
+    for name in (batch_option, "accumulate", "log_every", *intervals):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     if batch_size % (parts := rt.world_size * config.accumulate):
@@ -70,16 +70,6 @@ def is_complete(what: str, step: int, last_step: int, stale: int, best_path: Pat
     return True
 
 
-def leave_if_stopped(what: str, step: int, last_step: int, stop: runtime.StopRequest, rt: runtime.Runtime) -> None:
-    """After SIGTERM or Ctrl-C end the program here, so that `a && b` in a shell does not go on with half a training."""
-    if stop.agree(rt):
-        rt.print(f"{what}: stopped on request at step {step} of {last_step}; the same command continues")
-        raise SystemExit(stop.exit_status)
-
-
-# ---- records --------------------------------------------------------------------------------------------------------
-
-
 def read_record(path: Path, keys: Iterable[str], remedy: str) -> dict:
     """Content of a JSON record that a script here wrote; UserError (with `remedy`) if it is damaged or lacks `keys`."""
     try:
@@ -107,32 +97,19 @@ def falling_cosine(step: int, lr: float, total: int) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def set_learning_rate(lr: float, *optimizers: torch.optim.Optimizer) -> float:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
     return lr
-
-
-def micro_batches(n: int, *tensors: torch.Tensor):
-    """The tensors (B, ...) in n equal parts, side by side."""
-    return zip(*(x.chunk(n) for x in tensors), strict=True)
-
-
-def update_weights(scaler, clip_grad: float, optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
-    """One optimizer step; `clip_grad` is the largest gradient norm, 0 does not clip."""
-    if clip_grad:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(network.parameters(), clip_grad)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 def mean_losses(what: str, means: Means, step: int, rt: runtime.Runtime) -> dict[str, float]:
     """Losses since the last call, averaged over steps and ranks; UserError if one is not finite."""
     values = {name: rt.mean(value).item() for name, value in means.pop().items()}
     if not all(map(math.isfinite, values.values())):
-        raise UserError(f"{what} diverged at step {step}: {values}; try a lower learning rate or --grad_clip 1, "
-                        "with --restart")  # fmt: skip
+        raise UserError(f"{what} diverged at step {step}: {values}; try a lower learning rate or gradient "
+                        "clipping, with --restart")  # fmt: skip
     return values
 
 
@@ -140,59 +117,30 @@ def mean_losses(what: str, means: Means, step: int, rt: runtime.Runtime) -> dict
 
 
 def save_network(path: Path, kind: str, state: dict[str, torch.Tensor], settings: dict, **more) -> None:
-    """Weights of a network, the options that rebuild it, the weights' hash, and whatever else belongs to it."""
-    head = {"network": f"neuroldm3d {kind}", "state_dict": state, "config": settings}
+    """Weights of a network, the options that rebuild it, the weights' hash, and whatever else belongs to it.
+
+    `kind` is paper and network, such as "il_cldm autoencoder".
+    """
+    head = {"network": kind, "state_dict": state, "config": settings}
     checkpoint.save(path, head | more | {"hash": checkpoint.weights_hash(state)})
 
 
-def read_network(path: Path, kind: str, script: str, option: str, trust_pickle: bool) -> dict:
-    """Content of a network file, ours or the original's; a UserError names the script that makes a missing one."""
+def read_network(path: Path, kind: str, command: str, option: str, trust_pickle: bool) -> dict:
+    """Content of a network file, ours or the original's; a UserError names the `command` that makes a missing one."""
+    paper, _, name = kind.partition(" ")
     if not path.is_file():
-        raise UserError(f"no {kind} at {path}; train it with `python neuroldm3d/{script}` or name one with {option}")
+        raise UserError(f"no {name} at {path}; train it with `python {paper}/{command}` or name one with {option}")
     saved = checkpoint.load(path, trust_pickle=trust_pickle)
-    if saved.get("network", f"neuroldm3d {kind}") != f"neuroldm3d {kind}":
-        raise UserError(f"{path} holds a {saved['network'].removeprefix('neuroldm3d ')}, not a {kind}; name one with "
-                        f"{option}")  # fmt: skip
+    if (found := saved.get("network", kind)) != kind:
+        a, found = "an" if name[0] in "aeiou" else "a", found.removeprefix(paper + " ")
+        raise UserError(f"{path} holds a {found}, not {a} {name}; name one with {option}")
     return saved
-
-
-def memory_layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last_3d if channels_last else torch.contiguous_format
-
-
-def frozen_network(network: nn.Module, rt: runtime.Runtime, channels_last: bool = False) -> nn.Module:
-    """The network on its device, in eval mode, without gradients."""
-    return network.to(rt.device, memory_format=memory_layout(channels_last)).eval().requires_grad_(False)
 
 
 # ---- --dry_run ------------------------------------------------------------------------------------------------------
 
 
-class SavedBytes:
-    """Counts what autograd keeps for the backward pass; on the meta device that costs neither time nor memory."""
-
-    def __enter__(self):
-        self.storages: dict[int, int] = {}
-        self.kept = []  # keeps storages alive, so that none is counted under a recycled address
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda x: x)
-        self.hooks.__enter__()
-        return self
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        self.storages[storage._cdata] = tensor.numel() * tensor.element_size()
-        self.kept.append(storage)
-        return tensor
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-    @property
-    def total(self) -> int:
-        return sum(self.storages.values())
-
-
-def print_memory(network: nn.Module, saved: SavedBytes, copies: tuple[str, ...], rt: runtime.Runtime) -> None:
+def print_memory(network: nn.Module, saved: runtime.SavedBytes, copies: tuple[str, ...], rt: runtime.Runtime) -> None:
     """One line: parameters, and memory per rank of their float32 `copies` (weights, gradients, ...) and activations."""
     count = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
