@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from common.checkpoint import replacing
+
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # plane: the axis it is perpendicular to
 _DPI, _PANEL, _FONT = 200, 1.9, 8  # dots per inch, inches of the longest edge, points
 
@@ -35,9 +37,10 @@ def _limits(arrays):
     return (lo, hi) if hi > lo else (lo, lo + 1)
 
 
-def _save(fig, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=_DPI, facecolor="white")
+def save(fig, path):
+    """A matplotlib figure as PNG, written whole or not at all."""
+    with replacing(path) as file:
+        fig.savefig(file, format="png", dpi=_DPI, facecolor="white")
     return Path(path)
 
 
@@ -100,7 +103,7 @@ def _draw(path, groups, *, planes, spacing_mm, voxel, title):
             fig.colorbar(image, cax=ax).set_label(group["bar"], fontsize=_FONT)
             ax.tick_params(labelsize=_FONT - 1)
         x += bar
-    return _save(fig, path)
+    return save(fig, path)
 
 
 def montage(path, volumes, *, window=None, planes=("axial", "coronal", "sagittal"), difference_to=None,
@@ -170,4 +173,4 @@ def curves(path, lines, *, xlabel, ylabel, title="", log_y=False, diagonal=False
     ax.set_title(title, fontsize=_FONT + 2)
     ax.tick_params(labelsize=_FONT)
     ax.spines[["top", "right"]].set_visible(False)
-    return _save(fig, path)
+    return save(fig, path)

@@ -44,12 +44,13 @@ class Options(CommonOptions):
     n_ancestral: int = option(12, "test subjects for the comparison with 999-step ancestral sampling")
     leak: bool = option(True, "train the second cohort and run the leak test")
     samples: int = option(19, "samples per subject for the intervals; 80 % needs 9, 19, 29, ...")
+    interval_steps: int = option(20, "DPM-Solver++ steps of each of these samples")
 
 
 PRESETS = {
     "phantom": {},
-    "smoke": dict(n_train=128, n_val=12, n_test=24, aae_steps=700, ldm_steps=1000, n_ancestral=4, samples=9,
-                  leak=False),
+    "smoke": dict(n_train=128, n_val=12, n_test=24, aae_steps=650, ldm_steps=900, n_ancestral=4, samples=9,
+                  interval_steps=10, leak=False),
 }  # fmt: skip
 
 
@@ -236,7 +237,8 @@ def claim_coverage(study: Study, options: Options) -> dict:
     k = options.samples
     nominal = np.array([(k + 1 - 2 * r) / (k + 1) for r in range(1, (k + 1) // 2)])
     validation = dataset.read_list(study.config.list_path("validation"))
-    (low, high, truth, voxels), held_out = intervals(study, study.names, k), intervals(study, validation, k)[:3]
+    low, high, truth, voxels = intervals(study, study.names, options)
+    held_out = intervals(study, validation, options)[:3]
     margin = np.array([conformal_margin(*(v[:, j] for v in held_out[:2]), held_out[2], level)
                        for j, level in enumerate(nominal)])  # fmt: skip
     raw = (low <= truth[:, None]) & (truth[:, None] <= high)
@@ -272,14 +274,14 @@ def claim_coverage(study: Study, options: Options) -> dict:
     }
 
 
-def intervals(study: Study, names: list[str], k: int):
+def intervals(study: Study, names: list[str], options: Options):
     """SUVR bounds (n, levels) of the order statistics r and k+1-r, r = 1, 2, ..., true SUVR (n,), voxel coverage."""
     from il_cldm import amyloid
 
-    levels = (k + 1) // 2 - 1
+    k, levels = options.samples, (options.samples + 1) // 2 - 1
     bounds, truths, inside = np.zeros((2, len(names), levels)), np.zeros(len(names)), np.zeros((len(names), levels))
     for i, name in enumerate(names):
-        samples, truth = study.sample(name, None, k), study.pet.load(name)
+        samples, truth = study.sample(name, None, k, steps=options.interval_steps), study.pet.load(name)
         mask = amyloid.load_regions(study.config, name, truth.shape) > 0
         *suvrs, truths[i] = study.suvrs(name, [*samples, truth])
         suvrs.sort()

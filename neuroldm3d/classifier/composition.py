@@ -7,7 +7,6 @@ together never crosses from training to validation or test.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from common import runtime
 from common.cli import UserError
 from common.runlog import progress
+from common.training import read_record
 from neuroldm3d import audit, dataset
 from neuroldm3d.classifier import metrics
 from neuroldm3d.classifier.config import Config
@@ -182,7 +182,7 @@ def generator_record(config: Config, rt: runtime.Runtime) -> dict | None:
     path = Path(config.synthetic) / dataset.SYNTHETIC_RECORD
     if not config.num_synth_samples or not path.is_file():
         return None
-    about = json.loads(path.read_text()).get("training")
+    about = read_record(path, (), "generate the volumes again").get("training")
     known = bool(about) and about["csv_hash"] == file_hash(Path(config.train_csv))
     if not known:
         rt.print(f"note: the generator of {config.synthetic} was not trained on {config.train_csv}: make sure that it "

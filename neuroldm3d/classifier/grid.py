@@ -7,7 +7,6 @@ averaged over seeds, corrected over all comparisons after Holm and after Benjami
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,12 +18,14 @@ from scipy import stats
 from common import figures, runtime
 from common.cli import UserError, frozen, to_dict
 from common.runlog import write_json
+from common.training import read_record
 from neuroldm3d.classifier import composition, metrics, trainer
 from neuroldm3d.classifier.config import Config, GridConfig
 
 REAL, SYNTHETIC, MIXED, EQUAL = "real", "synthetic only", "added", "same size"
 SHOWN = ("accuracy", "auc_roc", "auc_pr", "ppv", "sensitivity", "specificity", "f1_score")
 ALPHA = 0.05
+REMEDY = "train that cell again with --restart"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def is_finished(config: Config) -> bool:
         return False
     groups = {"data", "folds", "model", "training"}
     now = frozen(config, groups) | {name: to_dict(config)[name] for name in ("seed", "epochs", "max_steps")}
-    before = json.loads(parameters.read_text())["options"]
+    before = read_record(parameters, ("options",), REMEDY)["options"]
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
     if changed:
         raise UserError(f"{config.folder} was trained with other options ({'; '.join(changed)}): use those, name "
@@ -143,7 +144,7 @@ class Results:
 def read_results(config: GridConfig, cell: Cell) -> Results:
     """Results of a finished cell; calibrated probabilities are averaged over seeds, subject by subject."""
     folders = {seed: cell_config(config, cell, seed).folder for seed in config.seeds}
-    summaries = {seed: json.loads((folder / trainer.SUMMARY).read_text()) for seed, folder in folders.items()}
+    summaries = {seed: read_record(folder / trainer.SUMMARY, (), REMEDY) for seed, folder in folders.items()}
     names, labels, scores = [], [], []
     for k in range(1, next(iter(summaries.values()))["n_folds"] + 1):
         tables = [trainer.read_predictions(folder / f"fold_{k}" / "individual_test_performance.csv")
@@ -232,7 +233,7 @@ def notes(config: GridConfig, cells: list[Cell]) -> list[str]:
     found = []
     for cell in cells:
         path = cell_config(config, cell, config.seeds[0]).folder / "parameters.json"
-        about = (json.loads(path.read_text()).get("generator") or {}).get("trained_on")
+        about = (read_record(path, (), REMEDY).get("generator") or {}).get("trained_on")
         n = sum(about["label_counts"].values()) if about else 0
         if n > min(config.budgets):
             found.append(f"the generator was trained on {n} real volumes: at budgets below that, synthetic volumes "

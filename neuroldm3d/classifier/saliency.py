@@ -243,8 +243,7 @@ def draw_slices(path: Path, x: np.ndarray, signed: np.ndarray, key_slices, title
             ax.set_axis_off()
         axes[0][column].set_title(f"slice {index}", fontsize=7)
     fig.suptitle(title, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=120)
+    figures.save(fig, path)
 
 
 def sanity(study: Study, rows: list[Row], rt: runtime.Runtime) -> dict:

@@ -71,7 +71,7 @@ class Config(TrainOptions):
     patience: int = option(0, "stop after so many validations without improvement; 0: never", group="training", free=True)
     sample_every: int = option(500, "decoded samples of every class as a picture; 0: never", unit="epochs", group="training", free=True)
     saveIter: int = option(100, "keep epoch_<n>.pth every so many epochs; 0: never", unit="epochs", group="training", free=True)
-    keep: int = option(2, "how many of the newest epoch_<n>.pth stay; 0: all (half a gigabyte each)", group="training", free=True)
+    keep: int = option(2, "how many of the newest epoch_<n>.pth stay; 0: all (a quarter of a gigabyte each for DiT-S)", group="training", free=True)
     save_every: int = option(500, "write checkpoints/last.pt every so many steps; 0: at validations only", unit="steps", group="training", free=True)
     log_every: int = option(20, "training log interval", unit="steps", group="training")
 

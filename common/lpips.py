@@ -1,0 +1,116 @@
+"""LPIPS, the perceptual distance of image pairs (Zhang et al., CVPR 2018, version 0.1), on three backbones.
+
+Written out: neither torchvision nor lpips is needed and nothing is downloaded; pretrained weights come from files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common.checkpoint
+from common.cli import UserError
+
+# Layers up to the last convolution that LPIPS looks at: "pool", or (channels in, out, kernel, stride, padding) of a
+# convolution, each followed by ReLU. A layer's number is its place in torchvision's `features`.
+ALEX = {
+    0: (3, 64, 11, 4, 2),
+    2: "pool",
+    3: (64, 192, 5, 1, 2),
+    5: "pool",
+    6: (192, 384, 3, 1, 1),
+    8: (384, 256, 3, 1, 1),
+    10: (256, 256, 3, 1, 1),
+}
+VGG = {
+    0: (3, 64, 3, 1, 1),
+    2: (64, 64, 3, 1, 1),
+    4: "pool",
+    5: (64, 128, 3, 1, 1),
+    7: (128, 128, 3, 1, 1),
+    9: "pool",
+    10: (128, 256, 3, 1, 1),
+    12: (256, 256, 3, 1, 1),
+    14: (256, 256, 3, 1, 1),
+    16: "pool",
+    17: (256, 512, 3, 1, 1),
+    19: (512, 512, 3, 1, 1),
+    21: (512, 512, 3, 1, 1),
+    23: "pool",
+    24: (512, 512, 3, 1, 1),
+    26: (512, 512, 3, 1, 1),
+    28: (512, 512, 3, 1, 1),
+}
+BACKBONES = {  # layers, the convolutions whose activations are compared, size of a max-pool window, smallest slice side
+    "alex": (ALEX, (0, 3, 6, 8, 10), 3, 31),
+    "vgg": (VGG, (2, 7, 14, 21, 28), 2, 16),
+}
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' own normalisation of images in [-1, 1]
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance of image pairs, 2D: (N, 1 or 3, h, w) twice -> (N,). Frozen; weights as `load` finds them.
+
+    The squared differences of unit-length activations at five depths, weighted per channel and averaged over the image.
+    """
+
+    def __init__(self, net: str):
+        super().__init__()
+        layers, self.compared, self.pool, self.smallest = BACKBONES[net]
+        self.net, self.layers = net, layers
+        convs = {str(k): layer for k, layer in layers.items() if layer != "pool"}
+        self.features = nn.ModuleDict({k: nn.Conv2d(*sizes) for k, sizes in convs.items()})
+        widths = [layers[k][1] for k in self.compared]
+        self.heads = nn.ParameterList([nn.Parameter(torch.rand(1, width, 1, 1)) for width in widths])
+        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def activations(self, image: Tensor) -> list[Tensor]:
+        """Activations of unit length over the channels at the five compared depths."""
+        h, found = (image - self.shift) / self.scale, []  # one channel becomes three here
+        for k, layer in self.layers.items():
+            if layer == "pool":
+                h = F.max_pool2d(h, self.pool, 2)
+                continue
+            h = F.relu(self.features[str(k)](h))
+            if k in self.compared:
+                found.append(F.normalize(h, dim=1, eps=1e-10))
+        return found
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        pairs = zip(self.activations(a), self.activations(b), self.heads, strict=True)
+        return sum(((x - y).square() * head).sum(1).mean((1, 2)) for x, y, head in pairs)
+
+    def load(self, paths: Sequence) -> LPIPS:
+        """Fill from one file with everything or from two, backbone and heads; returns itself. UserError otherwise.
+
+        Backbone keys are torchvision's (`features.0.weight`, ...; the classifier is ignored) or those of the lpips
+        package (`net.slice1.0.weight`, ...), head keys always the latter's (`lin0.model.1.weight`, ...).
+        """
+        found = {}
+        for path in paths:
+            state = common.checkpoint.load(path)
+            state = state.get("state_dict", state)
+            found |= {_lpips_key(str(key)): value for key, value in state.items()}
+        own = {key: value for key, value in self.state_dict().items() if key not in ("shift", "scale")}
+        bad = [key for key in own if not isinstance(found.get(key), Tensor) or found[key].shape != own[key].shape]
+        if bad:
+            kind, _, rest = bad[0].partition(".")
+            raise UserError(
+                f"LPIPS weights {' and '.join(map(str, paths))}: no {'backbone' if kind == 'features' else 'head'} "
+                f"{rest} of {self.net}; give torchvision's file of the backbone and the lpips package's {self.net}.pth"
+            )
+        self.load_state_dict({key: found[key] for key in own}, strict=False)  # shift and scale are constants
+        return self
+
+
+def _lpips_key(key: str) -> str:
+    """Our name of an entry of a weights file: features.<k>.weight, heads.<i>; anything else stays."""
+    parts = key.split(".")
+    if parts[0] == "net" and len(parts) == 4:
+        return f"features.{parts[2]}.{parts[3]}"
+    return f"heads.{parts[0][3:]}" if key.endswith(".model.1.weight") and parts[0][3:].isdigit() else key
