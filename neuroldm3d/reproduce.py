@@ -49,7 +49,7 @@ class Options(CommonOptions):
 
 PRESETS = {
     "phantom": {},
-    "smoke": dict(n_train=120, n_val=24, n_test=60, vae_steps=500, dit_steps=1400, n_synth=60, budgets=(40,),
+    "smoke": dict(n_train=120, n_val=24, n_test=60, vae_steps=450, dit_steps=1000, n_synth=48, budgets=(40,),
                   seeds=(1, 2), classifier_epochs=15, n_saliency=24),
 }  # fmt: skip
 
