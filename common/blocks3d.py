@@ -1,4 +1,4 @@
-"""Building blocks that several 3D networks share: embeddings, attention, size matching, batch norm over ranks."""
+"""Building blocks that several 3D networks share: embeddings, attention, KL autoencoder, batch norm over ranks."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def sinusoidal_frequencies(half: int, *, max_period: float = 10000.0, endpoint: bool = False) -> Tensor:
@@ -64,6 +65,87 @@ class SelfAttention3d(nn.Module):
         q, k, v = (part.unsqueeze(1) for part in tokens.chunk(3, dim=2))  # each (B, 1 head, N, C)
         mixed = F.scaled_dot_product_attention(q, k, v)  # scales by 1 / sqrt(C)
         return x + self.out(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+# ---- KL autoencoder (the function of MONAI's AutoencoderKL; Rombach et al. 2022)
+
+
+def conv3(c_in: int, c_out: int) -> nn.Conv3d:
+    return nn.Conv3d(c_in, c_out, 3, padding=1)
+
+
+class ResidualBlock(nn.Module):
+    """Twice (GroupNorm, SiLU, 3x3x3 convolution), plus the input (by a 1x1x1 convolution if the channels change)."""
+
+    def __init__(self, c_in: int, c_out: int, norm_groups: int, norm_eps: float):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_groups, c_in, norm_eps)
+        self.conv1 = conv3(c_in, c_out)
+        self.norm2 = nn.GroupNorm(norm_groups, c_out, norm_eps)
+        self.conv2 = conv3(c_out, c_out)
+        self.skip = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class Down(nn.Module):
+    """Halve every axis, rounding down: a zero voxel at the end of each, then a 3x3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv3d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1) * 3))
+
+
+class Up(nn.Module):
+    """Double every axis: nearest neighbour, then a 3x3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Half(nn.Module):
+    """Encoder or decoder: 3x3x3 convolution, residual blocks level by level, GroupNorm, 3x3x3 convolution.
+
+    `levels` is [(channels, number of residual blocks), ...] in the order of the data; `resample` (Down or Up) stands
+    between two levels. There is no activation behind the last norm, as in MONAI's autoencoder.
+    """
+
+    def __init__(self, c_in, levels, c_out, resample, norm_groups: int, norm_eps: float, checkpointing: bool):
+        super().__init__()
+        self.checkpointing = checkpointing
+        channels = levels[0][0]
+        self.conv_in = conv3(c_in, channels)
+        self.blocks = nn.ModuleList()
+        for level, (width, n_blocks) in enumerate(levels):
+            if level > 0:
+                self.blocks.append(resample(channels))
+            for _ in range(n_blocks):
+                self.blocks.append(ResidualBlock(channels, width, norm_groups, norm_eps))
+                channels = width
+        self.norm_out = nn.GroupNorm(norm_groups, channels, norm_eps)
+        self.conv_out = conv3(channels, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, use_reentrant=False)
+            else:
+                h = block(h)
+        return self.conv_out(self.norm_out(h))
+
+
+# ---- several ranks
 
 
 class SyncBatchNorm3d(nn.BatchNorm3d):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import common.checkpoint
 from common.cli import UserError
 
-# Layers up to the last convolution that LPIPS looks at: "pool", or (channels in, out, kernel, stride, padding) of a
-# convolution, each followed by ReLU. A layer's number is its place in torchvision's `features`.
+# Layers up to the last one that LPIPS looks at: "pool", (channels in, out, kernel, stride, padding) of a convolution
+# followed by ReLU, or (channels in, squeezed, out) of a fire module. A layer's number is its place in torchvision's
+# `features`.
 ALEX = {
     0: (3, 64, 11, 4, 2),
     2: "pool",
@@ -44,37 +45,73 @@ VGG = {
     26: (512, 512, 3, 1, 1),
     28: (512, 512, 3, 1, 1),
 }
-BACKBONES = {  # layers, the convolutions whose activations are compared, size of a max-pool window, smallest slice side
-    "alex": (ALEX, (0, 3, 6, 8, 10), 3, 31),
-    "vgg": (VGG, (2, 7, 14, 21, 28), 2, 16),
+SQUEEZE = {  # SqueezeNet 1.1 (Iandola et al. 2016)
+    0: (3, 64, 3, 2, 0),
+    2: "pool",
+    3: (64, 16, 128),
+    4: (128, 16, 128),
+    5: "pool",
+    6: (128, 32, 256),
+    7: (256, 32, 256),
+    8: "pool",
+    9: (256, 48, 384),
+    10: (384, 48, 384),
+    11: (384, 64, 512),
+    12: (512, 64, 512),
 }
+BACKBONES = {  # layers, those whose activations are compared, max-pool window (every second voxel) and ceil mode
+    "alex": (ALEX, (0, 3, 6, 8, 10), 3, False),
+    "vgg": (VGG, (2, 7, 14, 21, 28), 2, False),
+    "squeeze": (SQUEEZE, (0, 4, 7, 9, 10, 11, 12), 3, True),
+}
+SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}  # side of an image
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' own normalisation of images in [-1, 1]
+
+
+class Fire(nn.Module):
+    """SqueezeNet's module: 1x1 convolution to few channels, ReLU, then 1x1 and 3x3 convolutions beside each other."""
+
+    def __init__(self, c_in: int, squeezed: int, c_out: int):
+        super().__init__()
+        self.squeeze = nn.Conv2d(c_in, squeezed, 1)
+        self.expand1x1 = nn.Conv2d(squeezed, c_out // 2, 1)
+        self.expand3x3 = nn.Conv2d(squeezed, c_out // 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.squeeze(x))
+        return torch.cat([self.expand1x1(h), self.expand3x3(h)], dim=1)
+
+
+def _layer(sizes: tuple[int, ...]) -> tuple[nn.Module, int]:
+    """A convolution or fire module, and its number of output channels."""
+    return (Fire(*sizes), sizes[2]) if len(sizes) == 3 else (nn.Conv2d(*sizes), sizes[1])
 
 
 class LPIPS(nn.Module):
     """Perceptual distance of image pairs, 2D: (N, 1 or 3, h, w) twice -> (N,). Frozen; weights as `load` finds them.
 
-    The squared differences of unit-length activations at five depths, weighted per channel and averaged over the image.
+    net: "alex", "vgg" or "squeeze". The squared differences of unit-length activations at several depths, weighted per
+    channel and averaged over the image.
     """
 
     def __init__(self, net: str):
         super().__init__()
-        layers, self.compared, self.pool, self.smallest = BACKBONES[net]
-        self.net, self.layers = net, layers
-        convs = {str(k): layer for k, layer in layers.items() if layer != "pool"}
-        self.features = nn.ModuleDict({k: nn.Conv2d(*sizes) for k, sizes in convs.items()})
-        widths = [layers[k][1] for k in self.compared]
+        layers, self.compared, self.pool, self.ceil_mode = BACKBONES[net]
+        self.net, self.layers, self.smallest = net, layers, SMALLEST[net]
+        built = {k: _layer(sizes) for k, sizes in layers.items() if sizes != "pool"}
+        self.features = nn.ModuleDict({str(k): layer for k, (layer, _) in built.items()})
+        widths = [built[k][1] for k in self.compared]
         self.heads = nn.ParameterList([nn.Parameter(torch.rand(1, width, 1, 1)) for width in widths])
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1))
         self.requires_grad_(False)
 
     def activations(self, image: Tensor) -> list[Tensor]:
-        """Activations of unit length over the channels at the five compared depths."""
+        """Activations of unit length over the channels at the compared depths."""
         h, found = (image - self.shift) / self.scale, []  # one channel becomes three here
         for k, layer in self.layers.items():
             if layer == "pool":
-                h = F.max_pool2d(h, self.pool, 2)
+                h = F.max_pool2d(h, self.pool, 2, ceil_mode=self.ceil_mode)
                 continue
             h = F.relu(self.features[str(k)](h))
             if k in self.compared:
@@ -111,6 +148,6 @@ class LPIPS(nn.Module):
 def _lpips_key(key: str) -> str:
     """Our name of an entry of a weights file: features.<k>.weight, heads.<i>; anything else stays."""
     parts = key.split(".")
-    if parts[0] == "net" and len(parts) == 4:
-        return f"features.{parts[2]}.{parts[3]}"
+    if parts[0] == "net" and len(parts) >= 4:
+        return ".".join(["features", *parts[2:]])
     return f"heads.{parts[0][3:]}" if key.endswith(".model.1.weight") and parts[0][3:].isdigit() else key

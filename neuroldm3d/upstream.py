@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from common import nifti, schedulers, training
-from common.blocks3d import sinusoidal_embedding
+from common.blocks3d import Down, Half, ResidualBlock, Up, sinusoidal_embedding
 from common.cli import UserError
 from common.ema import EMA
+from common.lpips import LPIPS
 from neuroldm3d import dataset, preprocess
 from neuroldm3d.classifier import metrics as classifier_metrics
 from neuroldm3d.classifier.model import CNN3D, DROP_PATH, FILTERS, EfficientNetV2L, StochasticDepth
@@ -35,8 +36,8 @@ from neuroldm3d.diffusion.model import (
     split_windows,
     unpatchify,
 )
-from neuroldm3d.VAE.losses import LPIPS, LPIPS3D, kl_divergence, reconstruction_loss
-from neuroldm3d.VAE.model import AutoencoderKL, Down, Half, ResidualBlock, Up
+from neuroldm3d.VAE.losses import LPIPS3D, kl_divergence, reconstruction_loss
+from neuroldm3d.VAE.model import AutoencoderKL
 
 # ------------------------------------------------------------------------------------------------------------ key map
 # Our class -> {our submodule or tensor: the original's}. A class that is not listed is a leaf: same names there.

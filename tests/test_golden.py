@@ -16,7 +16,7 @@ ROOT = FOLDER.parents[1]
 
 
 HEAVY = ("aae_full", "disc_full", "vae_full")  # few parameters, large volumes
-REQUIRED = {"il_cldm": 30, "neuroldm3d": 38}
+REQUIRED = {"il_cldm": 30, "neuroldm3d": 38, "ldae": 27}
 
 
 def cases():
@@ -111,6 +111,21 @@ def test_relative_tolerance_ignores_only_rounding_noise():
     expected = np.array([100.0, 1e-3, 1e-6])
     assert golden.compare(np.array([100.5, 1.005e-3, 9e-6]), expected, 0.0, 0.01)[0] < 1
     assert golden.compare(np.array([100.0, 1.02e-3, 1e-6]), expected, 1.0, 0.01)[0] > 1
+
+
+def test_relative_part_adds_to_the_absolute_tolerance():
+    expected = np.array([100.0, 0.0, np.nan])
+    assert golden.compare(np.array([100.09, 1e-3, np.nan]), expected, 1e-3, None, 1e-3)[0] <= 1
+    assert golden.compare(np.array([100.2, 0.0, np.nan]), expected, 1e-3, None, 1e-3)[0] > 1
+    assert golden.compare(np.array([100.0, 0.0, 0.0]), expected, 1e-3, None, 1e-3)[0] > 1
+
+
+def test_small_results_that_are_no_arrays():
+    expected = {"a": [1, 2.0], "b": {"6": None, "7": True}, "c": "AD"}
+    assert golden.mismatch({"a": (1, 2.0 + 1e-9), "b": {6: None, 7: True}, "c": "AD"}, expected, 1e-6) == ""
+    for key, value in (("a", [1, 2.1]), ("a", [1]), ("a", 3), ("b", {6: None}), ("b", {6: 0, 7: True}), ("c", "CN")):
+        got = {"a": [1, 2.0], "b": {6: None, 7: True}, "c": "AD"} | {key: value}
+        assert golden.mismatch(got, expected, 1e-6).startswith(f"[{key}]"), (key, value)
 
 
 def test_command_line(tmp_path):

@@ -1,7 +1,8 @@
 """Runs the reference cases: what the original programs compute, against our modules through `<paper>/upstream.py`.
 
-A case is <case>.json (what is built, the original's state-dict keys with shapes, inputs, tolerances) beside <case>.npz
-(expected outputs), in a folder named after its paper. Weights and inputs are drawn by `fill`. `upstream` must have:
+A case is <case>.json (what is built, the original's state-dict keys with shapes, inputs, tolerances, and under
+"expected" small results that are no arrays) beside <case>.npz (expected outputs), in a folder named after its paper.
+Weights and inputs are drawn by `fill`. `upstream` must have:
 
     build(module, config) -> model      load(model, state_dict)       run(module, model, inputs) -> {name: output}
     to_upstream(model) -> state dict under the original's names      not_reproduced(case) -> {output: reason} (optional)
@@ -113,8 +114,11 @@ def make_model(upstream, case: dict):
     return model
 
 
-def compare(got, expected: np.ndarray, atol: float, rtol: float | None) -> tuple[float, float, float]:
-    """(largest violation, its difference, its tolerance); a violation above 1 fails. Infinities must be the same."""
+def compare(got, expected: np.ndarray, atol: float, rtol: float | None, more=0.0) -> tuple[float, float, float]:
+    """(largest violation, its difference, its tolerance); a violation above 1 fails. Infinities must be the same.
+
+    The tolerance is atol + more * |expected|, or with `rtol` that alone.
+    """
     got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     if got.shape != expected.shape:
         raise CaseError(f"has shape {got.shape} instead of {expected.shape}")
@@ -123,7 +127,7 @@ def compare(got, expected: np.ndarray, atol: float, rtol: float | None) -> tuple
     with np.errstate(invalid="ignore"):
         difference = np.where((got == expected) | (np.isnan(got) & np.isnan(expected)), 0.0, np.abs(got - expected))
     difference[np.isnan(difference)] = np.inf
-    tolerance = np.full(expected.shape, float(atol))
+    tolerance = atol + more * np.nan_to_num(np.abs(expected))
     if rtol is not None:  # lists of norms over several decades; what is below float32 resolution is rounding noise
         floor = 1e-6 * np.abs(expected).max()
         tolerance = np.where(np.abs(expected) < floor, floor, rtol * np.abs(expected))
@@ -131,6 +135,26 @@ def compare(got, expected: np.ndarray, atol: float, rtol: float | None) -> tuple
         violation = np.where(difference == 0, 0.0, difference / tolerance)
     worst = np.unravel_index(np.argmax(violation), violation.shape)
     return float(violation[worst]), float(difference[worst]), float(tolerance[worst])
+
+
+def mismatch(got, expected, rtol: float) -> str:
+    """Where small results of numbers, words, lists and dicts differ, or an empty text."""
+    if isinstance(expected, dict):
+        if not isinstance(got, dict) or {str(key) for key in got} != expected.keys():
+            return f"has {got} instead of the entries {', '.join(expected)}"
+        got = {str(key): value for key, value in got.items()}
+        pairs = {key: (got[key], value) for key, value in expected.items()}
+    elif isinstance(expected, list):
+        if not isinstance(got, list | tuple) or len(got) != len(expected):
+            return f"is {got} instead of {expected}"
+        pairs = dict(enumerate(zip(got, expected, strict=True)))
+    elif isinstance(expected, float | int) and not isinstance(expected, bool):
+        close = isinstance(got, float | int) and abs(got - expected) <= rtol * abs(expected)
+        return "" if close else f"is {got} instead of {expected}"
+    else:
+        return "" if got == expected else f"is {got!r} instead of {expected!r}"
+    found = ((key, mismatch(*pair, rtol)) for key, pair in pairs.items())
+    return next((f"[{key}] {what}" for key, what in found if what), "")
 
 
 def run_case(path) -> Result:
@@ -148,8 +172,9 @@ def _run_case(path: Path, case: dict) -> Result:
     if not case.get("required", True) and hasattr(upstream, "not_reproduced"):
         left_out = upstream.not_reproduced(case)
     names = [name for name in case["outputs"] if name not in left_out]
+    literal = {name: value for name, value in case.get("expected", {}).items() if name not in left_out}
     note = "; ".join(f"not reproduced: {reason}" for reason in sorted(set(left_out.values())))
-    if not names:
+    if not names and not literal:
         return Result(case["case"], "not reproduced", note=note)
 
     if "modules" in case:
@@ -157,10 +182,17 @@ def _run_case(path: Path, case: dict) -> Result:
         model = {name: make_model(upstream, part) for name, part in parts.items()}
     else:
         model = make_model(upstream, case)
+    if isinstance(model, torch.nn.Module):
+        model.train("Training mode" in case.get("notes", ""))  # unless `run` knows better
     inputs = {**{name: draw(spec) for name, spec in case["inputs"].items()}, **_extra(case)}
     got = upstream.run(case["module"], model, inputs)
 
-    worst = None
+    for name, value in literal.items():
+        if name not in got:
+            raise CaseError(f"result {name} is missing")
+        if what := mismatch(got[name], value, case.get("expected_rtol", 1e-6)):
+            raise CaseError(f"result {name}: {what}"[:300])
+    worst = (0.0, 0.0, 0.0, "")
     subset = {**case.get("subset", {}), **case.get("strided", {})}
     with np.load(path.with_suffix(".npz")) as expected:
         for name in names:
@@ -175,10 +207,11 @@ def _run_case(path: Path, case: dict) -> Result:
             if np.issubdtype(expected[name].dtype, np.integer):
                 atol = 0.0
             try:
-                candidate = (*compare(value, expected[name], atol, case.get("rtol_by_output", {}).get(name)), name)
+                rtol = case.get("rtol_by_output", {}).get(name)
+                candidate = (*compare(value, expected[name], atol, rtol, case.get("rtol", 0.0)), name)
             except CaseError as error:
                 raise CaseError(f"output {name} {error}") from None
-            worst = candidate if worst is None or candidate[0] > worst[0] else worst
+            worst = candidate if not worst[3] or candidate[0] > worst[0] else worst
     violation, difference, tolerance, name = worst
     return Result(case["case"], "pass" if violation <= 1 else "FAIL", name, difference, tolerance, note)
 
