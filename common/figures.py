@@ -116,7 +116,10 @@ def montage(path, volumes, *, window=None, planes=("axial", "coronal", "sagittal
     the volumes `difference_of` (default: all others) minus it follow in their own symmetric window
     (+-`difference_window`, default the 99.5 percentile of the absolute differences). ValueError for unlike shapes.
     """
-    volumes = {name: _array(v).astype(np.float32) for name, v in dict(volumes).items()}
+    pairs = list(volumes.items() if isinstance(volumes, dict) else volumes)
+    volumes = {name: _array(v).astype(np.float32) for name, v in pairs}
+    if len(volumes) < len(pairs):
+        raise ValueError(f"volumes of one figure need names of their own, got {[name for name, _ in pairs]}")
     lo, hi = window or _limits(list(volumes.values()))
     style = {"cmap": cmap, "vmin": lo, "vmax": hi}
     groups = [{"columns": [(name, [(v, style)]) for name, v in volumes.items()], "bar": unit or "intensity"}]

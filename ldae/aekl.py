@@ -417,7 +417,8 @@ def draw(path: Path, aekl, volumes: dataset.Volumes, rows: list[dataset.Row], rt
         row = next(row for row in rows if (row.diagnosis or "") == diagnosis)
         x = volumes.tensor(row)[None]
         x_hat = latents.decode(aekl, latents.encode(aekl, x, rt)[0], rt)
-        pictures += [(diagnosis or row.scan, x[0, 0].numpy()), ("decoded", x_hat[0, 0].numpy())]
+        name = diagnosis or row.scan
+        pictures += [(name, x[0, 0].numpy()), (f"{name} decoded", x_hat[0, 0].numpy())]
     aekl.train(was_training)
     return figures.montage(path, pictures, window=(0.0, 1.0))
 

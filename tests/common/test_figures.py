@@ -127,3 +127,10 @@ def test_pyplot_is_never_imported():
     root = Path(__file__).resolve().parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
     assert subprocess.run([sys.executable, "-c", code], cwd=root, env=environment).returncode == 0
+
+
+def test_names_that_occur_twice_are_refused(tmp_path):
+    """A dict would keep one of them only, under the wrong volume."""
+    x = np.zeros((8, 8, 8), np.float32)
+    with pytest.raises(ValueError, match="names of their own"):
+        figures.montage(tmp_path / "a.png", [("AD", x), ("decoded", x), ("CN", x), ("decoded", x)])
