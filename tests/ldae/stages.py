@@ -49,7 +49,7 @@ def encode(root, *args):
 @lru_cache(maxsize=1)
 def trained(cohort: Path) -> Path:
     """A study after all three stages. Not to be changed: copy it."""
-    root = cohort.parent / "trained"
+    root = cohort.with_name(f"{cohort.name}_trained")
     shutil.copytree(cohort, root)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

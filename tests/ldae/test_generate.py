@@ -27,7 +27,7 @@ PROBE = "diagnosis_AD_vs_CN"
 @lru_cache(maxsize=1)
 def ready(cohort):
     """The cohort with split, a model of random weights, directions and a prior over codes. Not to be changed."""
-    root = shutil.copytree(cohort, cohort.parent / "ready")
+    root = shutil.copytree(cohort, cohort.with_name(f"{cohort.name}_ready"))
     rows = dataset.read_table(root / "data" / "dataset.csv")
     with runtime.start("cpu", "fp32", 0) as rt:
         split = data_split.load_or_create(root / "split.json", rows, 0.2, 0.2, 42, rt)
