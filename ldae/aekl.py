@@ -309,7 +309,11 @@ def aekl_settings(config: AEKLConfig) -> dict:
 
 
 def build_aekl(config: AEKLConfig) -> AutoencoderKL:
-    return AutoencoderKL(**aekl_settings(config), checkpointing=config.checkpointing)
+    aekl = AutoencoderKL(**aekl_settings(config), checkpointing=config.checkpointing)
+    if config.posterior_logvar:  # a decoder that starts from clean latents learns sooner, and they stay cleaner
+        nn.init.zeros_(aekl.logvar.weight)
+        nn.init.constant_(aekl.logvar.bias, config.posterior_logvar)
+    return aekl
 
 
 def build_discriminator(config: AEKLConfig) -> PatchDiscriminator | None:

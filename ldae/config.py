@@ -113,6 +113,7 @@ class AEKLConfig(StageConfig):
     latent_channels: int = option(3, "latent channels", group="model")
     num_res_blocks: int = option(2, "residual blocks per level", group="model")
     norm_groups: int = option(32, "groups of the group norm", group="model")
+    posterior_logvar: float = option(0.0, "log-variance that every posterior starts from; 0: as drawn. Short trainings want -6: at the usual 1 most of a latent stays noise", group="model")
     disc_channels: int = option(64, "width of the discriminator's first layer (then x2, x4, x8)", group="model")
     disc_layers: int = option(3, "layers of the discriminator between its first and last convolution", group="model")
 
@@ -214,9 +215,11 @@ class ReprLearnConfig(DiffusionConfig):
     encoder_dropout: float = option(0.1, "dropout of position code and slice attention", group="model")
     drop_path: float = option(0.4, "stochastic depth of the backbone at its last block", group="model")
 
-    gamma: float = option(0.1, "exponent of the SNR in the loss weight", group="loss")
+    standardise_codes: bool = option(False, "start the encoder so that codes of the training scans have mean 0 and SD 1; from scratch they are nearly alike, and a short training then ignores them", group="model")
+    gamma: float = option(0.1, "exponent of the SNR in the loss weight; a negative one favours high noise, where most must come from the code", group="loss")
     coefficient: str = option("training", "guidance of samplers: the coefficient that training uses, or sqrt(1 - alpha_bar) as published", choices=("training", "sampling"), group="diffusion")
 
+    lr_encoder: float = option(0.0, "learning rate of the encoder; 0: that of --lr", group="training")
     batch_size: int = option(32, "scans per optimizer step, over all ranks and micro-batches", unit="scans", group="training")
     accumulate: int = option(4, "micro-batches per optimizer step and rank (memory, not speed)", group="training")
     epochs: int = option(400, "length of the training", group="training", free=True)
@@ -315,7 +318,7 @@ PRESETS = {
         "upstream": UPSTREAM | dict(val_size=0.05, lpips_sum=True, lpips_centred=False),
         "small": SMALL | dict(channels=(32, 64, 64), disc_channels=32, accumulate=1),
         "tiny": TINY | dict(
-            channels=(8, 16, 32), latent_channels=8, num_res_blocks=1, norm_groups=4, disc_channels=8, disc_layers=2, perceptual_weight=0.0,
+            channels=(8, 16, 32), latent_channels=8, num_res_blocks=1, norm_groups=4, posterior_logvar=-6.0, disc_channels=8, disc_layers=2, perceptual_weight=0.0,
             adv_start=1200, batch_size=2, steps=1600, lr=2e-3, lr_d=1e-3, ema_decay=0.99, channels_last=True, val_every=4, sample_every=8,
         ),
     },
@@ -331,8 +334,10 @@ PRESETS = {
     "ldae_repr_learn": {
         "paper": {},
         "upstream": UPSTREAM | UPSTREAM_DIFFUSION | UPSTREAM_ENCODER | dict(val_size=0.005, coefficient="sampling"),
-        "small": SMALL | SMALL_ENCODER | dict(batch_size=16, accumulate=2, lr=1e-4),
+        "small": SMALL | SMALL_ENCODER | dict(standardise_codes=True, batch_size=16, accumulate=2, lr=1e-4),
+        # From scratch and in minutes: without these the encoder gives every scan the same code.
         "tiny": TINY | TINY_ENCODER | dict(
+            standardise_codes=True, encoder_dropout=0.0, gamma=-0.5, lr_encoder=3e-4,
             latent_scale="voxel", batch_size=8, steps=800, lr=1e-3, ema_decay=0.99, val_every=10, sample_every=50, sample_steps=20,
         ),
     },

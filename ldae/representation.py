@@ -54,6 +54,7 @@ from ldae.unet import ShiftUNet, UNet
 
 VALIDATION_TIMES = 8  # timesteps of the held-out gap while training
 CURVE_TIMES = 25  # of the curves that validate and test write
+CODE_SCANS = 64  # about so many scans tell mean and SD of the codes
 SLICE_BATCH = 32  # slices that the backbone takes at a time with --checkpointing
 GAPS = {"with": "own code", "without": "prior alone", "other": "another subject's code"}
 
@@ -139,6 +140,8 @@ def train(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
     # ---- model
     torch.manual_seed(config.seed)
     encoder, backbone = build_encoder(config, aekl.preparation.shape)
+    if config.standardise_codes:
+        standardise_codes(encoder, volumes, rows, config.plane)
     decoder = ShiftUNet(prior.model, config.code_dim, checkpointing=config.checkpointing)
     learner = Learner(encoder, decoder, config.plane).to(rt.device).train()
     learned = nn.ModuleDict({"encoder": encoder, "estimator": decoder.estimator})  # all that has gradients
@@ -148,7 +151,9 @@ def train(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
     schedule = prior.schedule
 
     # ---- optimizer and EMA
-    optimizer = torch.optim.Adam(learned.parameters(), lr=config.lr, **runtime.fused_optimizer_kwargs(rt.device))
+    rates = {"encoder": config.lr_encoder or config.lr, "estimator": config.lr}
+    groups = [{"params": list(learned[name].parameters()), "lr": rate} for name, rate in rates.items()]
+    optimizer = torch.optim.Adam(groups, **runtime.fused_optimizer_kwargs(rt.device))
     # Deviation (original code): averaged once per optimizer step, after a warm-up, and without the frozen prior; there
     # once per micro-batch, all tensors, those of the backbone twice.
     ema = EMA(learned, config.ema_decay, config.ema_start)
@@ -191,7 +196,9 @@ def train(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            lr = training.set_learning_rate(config.lr * learning_rate_factor(config, step, total), optimizer)
+            factor = learning_rate_factor(config, step, total)
+            for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
+                group["lr"] = rate * factor
             x_batch, z_batch = (x.to(rt.device, non_blocking=True) for x in next(batches))
             t_batch, noise_batch = draw(config, step, data.shape, rt)
             optimizer.zero_grad(set_to_none=True)
@@ -209,7 +216,7 @@ def train(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
 
             if step % config.log_every == 0 or step % steps_per_epoch == 0 or step == total:
                 values = logged(training.mean_losses("stage 3", means, step, rt))
-                log.log("train", step, epoch=step / steps_per_epoch, lr=lr, **values, **norms)
+                log.log("train", step, epoch=step / steps_per_epoch, lr=config.lr * factor, **values, **norms)
                 bar.set_postfix({name: f"{values[name]:.4f}" for name in ("loss", "without")})
             if rt.is_main and config.sample_every and (step % every["sample_every"] == 0 or step == total):
                 pictures = preview(averaged, volumes, held_out_rows, config)
@@ -373,6 +380,25 @@ def build_encoder(config: ReprLearnConfig, shape: tuple[int, ...]) -> tuple[Sema
         return encoder, ""
     load_backbone(encoder, config.backbone_weights)
     return encoder, latents.bytes_hash(Path(config.backbone_weights).read_bytes())
+
+
+@torch.no_grad()
+def standardise_codes(encoder: SemanticEncoder, volumes: dataset.Volumes, rows: list[dataset.Row], plane: str) -> None:
+    """Set scale and bias of the last layer norm so that the codes of scans have mean 0 and SD 1 in every entry.
+
+    An untrained encoder gives registered brains codes that differ by a tenth of their norm; what differs is then noise
+    to the estimator, and the encoder learns to give all scans one code before the estimator has learned to read it.
+    Data-dependent initialisation (Krähenbühl et al. 2016); the architecture stays what it is.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    chosen = rows[:: max(1, len(rows) // CODE_SCANS)]
+    device = next(encoder.parameters()).device
+    y = torch.cat([encoder(to_slices(volumes.tensor(row)[None].to(device), plane)) for row in chosen])
+    std = y.std(0).clamp_min(1e-3)
+    encoder.norm.weight.copy_(1 / std)
+    encoder.norm.bias.copy_(-y.mean(0) / std)
+    encoder.train(was_training)
 
 
 def with_estimator(decoder: ShiftUNet, estimator: nn.Module) -> ShiftUNet:

@@ -13,6 +13,7 @@ from common import checkpoint, nifti, runtime
 from common.cli import UserError
 from ldae import aekl, dataset, latents, run_cli, upstream
 from ldae.autoencoder import AutoencoderKL, PatchDiscriminator
+from ldae.config import PRESETS, AEKLConfig
 from ldae.losses import discriminator_loss, generator_loss, kl_divergence
 from tests.helpers import assert_same_tensors, kill_and_resume, reached, run_script, two_ranks
 from tests.ldae import stages
@@ -426,3 +427,11 @@ def test_no_network_is_needed(study, monkeypatch):
     stages.encode(study)
     stages.run("aekl", study, *ADVERSARY, verb="test")
     assert (study / "latents/latents.json").is_file() and (study / "runs/aekl/test.json").is_file()
+
+
+def test_posteriors_start_as_narrow_as_asked():
+    x = torch.rand(1, 1, 16, 20, 16)
+    for logvar in (0.0, -6.0):
+        config = AEKLConfig(**(PRESETS["aekl"]["tiny"] | {"posterior_logvar": logvar}))
+        found = aekl.build_aekl(config).encode(x)[1]
+        assert (found == -6).all() if logvar else found.std() > 0

@@ -8,7 +8,6 @@ import json
 import os
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -29,7 +28,7 @@ pytestmark = [
     ),
 ]
 SHAPE, SPACING_MM = (24, 28, 24), 8.0
-VOLUME = ["--shape", *SHAPE, "--spacing_mm", SPACING_MM, "--crop", "head", "--mask", "file"]
+VOLUME = ["--shape", *SHAPE, "--spacing_mm", SPACING_MM, "--crop", "head", "--mask", "head"]
 LOOP = "--val_size 0.2 --test_size 0.2 --val_every 4 --max_slices 28".split()
 
 
@@ -37,7 +36,7 @@ def run_stage(stage, root, *args):
     """A stage at the tests' tiny size, but for the volumes; diagnoses play no part."""
     words = [word for word in stages.command(stage)[1:] if stage == "ldae_repr_learn" or word != "--max_slices"]
     loop = LOOP if stage == "ldae_repr_learn" else LOOP[:-2]
-    more = [] if stage == "aekl" else ["--classes"]
+    more = [] if stage == "aekl" else ["--set", "classes="]
     run_main(stages.run_cli, *words, *VOLUME, *loop, "--steps", 60, "--root", root, *more, *args)
 
 
@@ -93,8 +92,7 @@ def test_two_times_of_one_person(study, tmp_path):
     made = sorted((tmp_path / "r").glob("*_encoded.nii.gz"))
     assert len(made) == 2 and len(list((tmp_path / "i").glob("*.nii.gz"))) == 3
     for source, path in zip(scans, made, strict=True):
-        a, b = nib.load(source), nib.load(path)
+        a, b = nifti.load(source), nifti.load(path)  # both in RAS+ order, whatever the file's
         assert a.shape == b.shape
-        np.testing.assert_allclose(a.affine, b.affine, atol=1e-4)
-        x, y = nifti.load(source).data, nifti.load(path).data
-        assert np.corrcoef(x.ravel(), y.ravel())[0, 1] > 0.5  # a coarse likeness, and in the right place
+        np.testing.assert_allclose(a.affine, b.affine, atol=1e-3)
+        assert np.corrcoef(a.data.ravel(), b.data.ravel())[0, 1] > 0.5  # a coarse likeness, and in the right place

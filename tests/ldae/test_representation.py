@@ -130,6 +130,32 @@ def test_decoders_of_one_prior_share_it():
     assert not any(p.is_meta for p in other.parameters())
 
 
+def test_codes_start_standardised(done, prep):
+    """--standardise_codes: codes of scans that are nearly alike get mean 0, SD 1; only the last layer norm changes."""
+    data, _ = opened(done, "train")
+    volumes, encoder = dataset.Volumes(prep, None), tiny_learner().encoder
+    x = torch.stack([volumes.tensor(row) for row in data.rows])
+    before = {name: p.clone() for name, p in encoder.state_dict().items()}
+    with torch.no_grad():
+        assert encoder.eval()(representation.to_slices(x, "axial")).std(0).mean() < 0.3
+        representation.standardise_codes(encoder.train(), volumes, data.rows, "axial")
+        assert encoder.training
+        y = encoder.eval()(representation.to_slices(x, "axial"))
+    assert y.mean(0).abs().max() < 1e-4 and torch.allclose(y.std(0), torch.ones(16), atol=1e-4)
+    assert {name for name, p in encoder.state_dict().items() if not torch.equal(p, before[name])} == {
+        "norm.weight", "norm.bias"}  # fmt: skip
+
+
+def test_encoder_has_a_learning_rate_of_its_own(done, tmp_path):
+    states = []
+    for name, steps in (("short", 2), ("long", 5)):
+        root = fresh(done, tmp_path, STAGE, name)
+        stages.run(STAGE, root, "--lr_encoder", 1e-12, "--standardise_codes", "--max_steps", steps)
+        states.append(checkpoint.load(last(root, STAGE))["learned"])
+    moved = {key for key in states[0] if not torch.allclose(states[0][key], states[1][key], rtol=0, atol=1e-7)}
+    assert moved and all(key.startswith("estimator.") for key in moved)
+
+
 def test_image_and_latent_are_of_the_same_scan(done, prep):
     """Defect 18: a pair comes from one row, and nothing changes the image alone."""
     data, _ = opened(done, "train")
