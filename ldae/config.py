@@ -171,8 +171,8 @@ class DiffusionConfig(StageConfig):
         super().__post_init__()
         if self.timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError("--timesteps must be at least 2, and 0 < --beta_start <= --beta_end < 1")
-        if self.clip < 0:
-            raise UserError(f"--clip {self.clip}: choose 0 (no clamp) or a positive bound")
+        if self.clip < 0 or (self.clip and self.final == "clean"):
+            raise UserError(f"--clip {self.clip}: choose 0 (no clamp), or a positive bound together with --final first")
         root = Path(self.root)
         self.latents = self.latents or str(root / "latents")
         self.aekl = self.aekl or str(root / "runs" / "aekl" / "checkpoints" / "best.ckpt")

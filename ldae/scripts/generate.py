@@ -43,7 +43,7 @@ def main() -> None:
 def parse(argv: list[str]):
     """Options of the mode that a command line names; --help and mistakes leave the program."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+        print(f"usage: generate.py {{{','.join(MODES)}}} [options], generate.py MODE --help\n\n{__doc__}")
         for mode, options in MODES.items():
             print(f"    {mode:12} {options.__doc__}")
         sys.exit(0)

@@ -240,7 +240,7 @@ def embeddings(n, labels, plain=True):
     subjects = [f"s{i // 2}" for i in range(n)]
     values, ages = torch.randn(n, 8), torch.tensor([70.0] * (n - 1) + [float("nan")])
     content = {"embeddings": values, "labels": torch.tensor(labels, dtype=torch.float32), "age": ages,
-               "subject_id": subjects, "path": [f"/data/{s}.nii" for s in subjects],
+               "subject_id": subjects, "path": [f"scans/{s}.nii" for s in subjects],
                "session_number": [None, *range(1, n)]}  # fmt: skip
     return content if plain else content | {"embeddings": values.numpy(), "age": ages.numpy()}
 
