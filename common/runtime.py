@@ -1,14 +1,18 @@
 """Device, precision, seeds, processes and the endless batch stream; nothing distributed happens in a single process."""
 
 import functools
+import gc
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
 import os
 import random
 import signal
+import sys
 import threading
+import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -100,8 +104,8 @@ def start(device="auto", precision="auto", seed=0):
     group = None
     joins = launched and not dist.is_initialized()  # a nested start shares the outer one's group
     if joins:  # the long timeout lets one rank do slow work alone; a dead rank is noticed by the launcher at once
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-        store = dist.PrefixStore(f"start/{next(_starts)}", store)  # else a second start finds old addresses
+        importlib.import_module("torch.distributed.nn")  # imported later, its default arguments would keep the group
+        store = dist.PrefixStore(f"start/{next(_starts)}", _store())  # else a second start finds old addresses
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),
                                 store=store, rank=rank, world_size=world_size)
     if launched and device.type == "cuda":
@@ -113,7 +117,25 @@ def start(device="auto", precision="auto", seed=0):
             yield Runtime(device, dtype, rank, world_size, local_rank, group)
     finally:
         if joins:
-            dist.destroy_process_group()
+            _leave_group(sys.exc_info()[1])
+
+
+@functools.cache
+def _store():
+    """The launcher's key-value store; rank 0 may be its server and must not close it between two starts."""
+    return next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))[0]
+
+
+def _leave_group(error):
+    """End the process group and its threads.
+
+    A gloo thread that lets go of its last tensor while the interpreter shuts down aborts the process. Only a group
+    that nobody refers to joins its threads: neither a DDP module in a cycle nor one in a traceback may be left.
+    """
+    if error is not None:
+        traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _device(name, local_rank, local_world_size):
