@@ -49,8 +49,8 @@ class Options(CommonOptions):
 
 PRESETS = {
     "phantom": {},
-    "smoke": dict(n_train=128, n_val=12, n_test=24, aae_steps=650, ldm_steps=900, n_ancestral=4, samples=9,
-                  interval_steps=10, leak=False),
+    "smoke": dict(n_train=128, n_val=12, n_test=24, aae_steps=700, ldm_steps=950, n_ancestral=2, samples=9,
+                  interval_steps=8, leak=False),
 }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def claim_guidance(study: Study, options: Options) -> dict:
     """(b) Guidance towards a class moves cortical uptake as the class says, further with a larger scale."""
     from common import figures
 
-    names = study.names[: max(8, options.n_ancestral)]
+    names = study.names[: max(6, options.n_ancestral)]
 
     def mean_suvr(label: int, scale: float) -> float:
         return float(np.mean([study.suvrs(n, study.sample(n, label, 1, guidance=scale)) for n in names]))

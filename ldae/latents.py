@@ -30,7 +30,6 @@ from ldae.preprocess import Preparation
 KIND = "ldae aekl"
 COMMAND = "run_cli.py fit --config ldae/config/aekl.yaml"
 SCRIPT = "`python ldae/scripts/save_compressed_latent.py`"
-UPSTREAM_SCALE = 0.8730  # the original multiplies latents by this number, whatever its autoencoder
 IN_MEMORY = 1 << 30  # bytes: smaller sets are read once, larger ones at every access
 KEYS = ("aekl", "preparation", "latent_shape", "split", "scans")  # of latents.json
 REMEDY = f"delete the folder and run {SCRIPT} again"
@@ -202,7 +201,7 @@ def statistics(record: dict, how: str = "dataset") -> dict[str, list[float]]:
     """{"mean", "std"} per channel to normalise latents with: of the training split, or the original's constant."""
     if how == "upstream":
         channels = len(record["mean"])
-        return {"mean": [0.0] * channels, "std": [1 / UPSTREAM_SCALE] * channels}
+        return {"mean": [0.0] * channels, "std": [1 / upstream.LATENT_SCALE] * channels}
     return {"mean": record["mean"], "std": record["std"]}
 
 

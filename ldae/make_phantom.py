@@ -6,8 +6,8 @@
     python ldae/make_phantom.py --n_subjects 30 --shape 48 56 48 --defects --out STUDY   # something for check.py
 
 A subject is one head of common/phantom.py; its sessions are that head at other times: same seed, other factors. Scans
-look skull-stripped and registered (MNI-like mm, no repositioning between sessions), with bias field and noise of their
-own. A latent disease score drives all:
+look as the paper's after preprocessing: skull-stripped, registered (MNI-like mm, no repositioning between sessions), a
+rest of the bias field that N4 leaves, and noise that large voxels average out. A latent disease score drives all:
 
     score(0)     CN 0.18, MCI 0.46, AD 0.74; SD 0.19 within a class, so the classes overlap
     score(m)     score(0) + rate * m / 12; rate CN 0.01, MCI 0.05, AD 0.09 per year, each +- 30 %, times --progression
@@ -47,6 +47,7 @@ IN_TURN = ("CN", "AD", "MCI")  # diagnosis of subject 1, 2, 3, 4, ...
 STAGE, SPREAD = {"CN": 0.18, "MCI": 0.46, "AD": 0.74}, 0.19
 RATE, RATE_SPREAD, CONVERTER_RATE = {"CN": 0.01, "MCI": 0.05, "AD": 0.09}, 0.3, 0.25  # score per year
 UNITS = 1200.0  # scanner units of value 1
+NOISE, BIAS = 0.02, 0.02  # SD of the noise in voxels of 1.5 mm, rms of the logarithm of the field that N4 leaves
 COLUMNS = ("subject", "path", "diagnosis", "session", "age", "sex")
 DEFECTS = ("stored LAS", "int16 with scale and offset", "NaN voxel", "missing age")
 
@@ -126,7 +127,8 @@ def make_subject(options: Options, number: int) -> list[dict]:
     for months in options.sessions:
         known, factors = at_session(drawn, months)
         brain = phantom.anatomy(seed, options.shape, phantom.Factors(**factors), spacing_of(options.shape))
-        image = UNITS * phantom.t1_image(brain, seed * 1009 + months)  # noise and bias field of this session
+        noise = NOISE * (SPACING_MM / spacing_of(options.shape)) ** 1.5  # large voxels average it out
+        image = UNITS * phantom.t1_image(brain, seed * 1009 + months, noise=noise, bias=BIAS)  # of this session
         scan, label_map = scan_paths(out, name, months)
         nifti.save(scan, np.rint(image).clip(0, 32767), brain.affine, dtype=np.int16)
         if options.labels:

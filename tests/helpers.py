@@ -23,6 +23,15 @@ def _command(args, launcher=()):
     return [sys.executable, *launcher, script, *rest]
 
 
+def run_main(module, *args):
+    """`python <module> args...` in this process; UserError and SystemExit come through."""
+    before, sys.argv = sys.argv, [module.__file__, *map(str, args)]
+    try:
+        module.main()
+    finally:
+        sys.argv = before
+
+
 def run_script(args, cwd=None, env=None, timeout=600, launcher=()):
     """Run `python args...`; returns CompletedProcess with text output and checks nothing."""
     return subprocess.run(_command(args, launcher), cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout,

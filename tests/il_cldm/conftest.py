@@ -1,13 +1,11 @@
 """One tiny study for all tests: a phantom of 16 voxels a side that went through every command once."""
 
 import shutil
-import sys
 
-import numpy as np
 import pytest
-import torch
 
 from il_cldm import main, make_phantom
+from tests.helpers import run_main
 
 TINY = (
     "--device cpu --num_workers 0 --batch_size 2 --learning_rate 1e-3 --log_every 2 --save_every 3 "
@@ -18,29 +16,9 @@ TINY = (
 README_ORDER = ("train_aae", "test_aae", "enc", "enc_test", "train_ldm", "gen", "evaluate")
 
 
-def run_script_here(module, *args):
-    """`python <module> args...` in this process; UserError and SystemExit come through."""
-    before, sys.argv = sys.argv, [module.__file__, *map(str, args)]
-    try:
-        module.main()
-    finally:
-        sys.argv = before
-
-
 def call(root, *args):
     """main.py on the study in `root` with the tiny networks; later options win."""
-    run_script_here(main, "--root", root, *TINY, *args)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the subprocesses of the tests: results then agree bit by bit. Also keeps one test's RNG out of the next."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+    run_main(main, "--root", root, *TINY, *args)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +26,7 @@ def phantom(tmp_path_factory):
     """Data alone: 5 training subjects (odd), 1 for validation (fewer than a batch), 3 for testing."""
     root = tmp_path_factory.mktemp("phantom")
     sizes = ("--n_train", 5, "--n_val", 1, "--n_test", 3, "--shape", 16, 16, 16)
-    run_script_here(make_phantom, "--out", root, *sizes)
+    run_main(make_phantom, "--out", root, *sizes)
     return root
 
 
@@ -57,11 +35,8 @@ def trained(phantom, tmp_path_factory):
     """The phantom after each command of the README, one by one and with nothing done by hand in between."""
     root = tmp_path_factory.mktemp("trained") / "study"
     shutil.copytree(phantom, root)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for flag in README_ORDER:
         call(root, f"--{flag}")
-    torch.set_num_threads(threads)
     return root
 
 

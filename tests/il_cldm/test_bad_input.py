@@ -15,7 +15,7 @@ import torch
 
 from common import checkpoint, nifti
 from tests.helpers import ROOT, run_script
-from tests.il_cldm.tools import AFFINE, TINY, complaint, files, run_main, volume, write_study
+from tests.il_cldm.tools import AFFINE, TINY, captured, complaint, files, volume, write_study
 
 MRI, PET = "data/process/whole_MRI_112", "data/process/whole_Abeta_112"
 TRAIN = ("--train_aae", "--aae_steps", 2, "--enc", "--train_ldm", "--ldm_steps", 2)
@@ -25,7 +25,7 @@ TRAIN = ("--train_aae", "--aae_steps", 2, "--enc", "--train_ldm", "--ldm_steps",
 def trained(tmp_path_factory):
     """A study with both stages trained for two steps."""
     root = write_study(tmp_path_factory.mktemp("trained"))
-    done = run_main("--root", root, *TINY, *TRAIN)
+    done = captured("--root", root, *TINY, *TRAIN)
     assert done.status == 0, done.err
     return root
 
@@ -101,7 +101,7 @@ def refused(study, spoil, words, train, steps):
     spoil(study)
     before = files(study)
     for stage in (train, "--check"):
-        line = complaint(run_main("--root", study, *TINY, stage, steps, 2))
+        line = complaint(captured("--root", study, *TINY, stage, steps, 2))
         assert all(word in line for word in words), line
         assert files(study) == before
 
@@ -178,7 +178,7 @@ def test_checkpoints(study, case, monkeypatch):
     spoil, words = CHECKPOINTS[case]
     spoil(study)
     before = files(study)
-    line = complaint(run_main("--root", study, *TINY, "--gen"))
+    line = complaint(captured("--root", study, *TINY, "--gen"))
     assert all(word in line for word in words), line
     assert files(study) == before and not (study / "was_executed").exists()
 
@@ -189,7 +189,7 @@ def test_a_damaged_last_checkpoint_is_not_trained_over(study, stage, damage):
     last = study / "result/exp_1" / stage / "checkpoints/last.pt"
     cut(last) if damage == "truncated" else last.write_bytes(pickle.dumps(Malicious()))
     before = files(study)
-    assert "last.pt" in complaint(run_main("--root", study, *TINY, f"--train_{stage}", f"--{stage}_steps", 4))
+    assert "last.pt" in complaint(captured("--root", study, *TINY, f"--train_{stage}", f"--{stage}_steps", 4))
     assert files(study) == before
 
 
@@ -216,7 +216,7 @@ def test_generation(study, case, monkeypatch):
     if spoil:
         spoil(study)
     before = files(study)
-    line = complaint(run_main("--root", study, *TINY, "--gen", *options))
+    line = complaint(captured("--root", study, *TINY, "--gen", *options))
     assert all(word in line for word in words), line
     after = files(study)
     assert {k: v for k, v in after.items() if k in before} == before
@@ -224,10 +224,10 @@ def test_generation(study, case, monkeypatch):
 
 
 def test_evaluation_needs_synthetic_pet_and_latents_need_their_autoencoder(study):
-    assert "--gen" in complaint(run_main("--root", study, *TINY, "--evaluate"))
+    assert "--gen" in complaint(captured("--root", study, *TINY, "--evaluate"))
     shutil.rmtree(study / "data/latent_Abeta")
     args = ("--root", study, *TINY, "--train_ldm", "--ldm_steps", 4)
-    assert "--enc" in complaint(run_main(*args))
+    assert "--enc" in complaint(captured(*args))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_evaluation_needs_synthetic_pet_and_latents_need_their_autoencoder(study
 def test_command_line(tmp_path, args, words):
     root = write_study(tmp_path / "s")
     before = files(tmp_path)
-    assert words in complaint(run_main("--root", root, *args))
+    assert words in complaint(captured("--root", root, *args))
     assert files(tmp_path) == before
 
 
@@ -282,7 +282,7 @@ def test_damaged_pet_and_unknown_flag_as_a_user_sees_them(fresh):
 
 def test_a_file_where_a_folder_should_be(fresh):
     (fresh / "result").write_text("a file")
-    assert "result" in complaint(run_main("--root", fresh, *TINY, "--train_aae", "--aae_steps", 2))
+    assert "result" in complaint(captured("--root", fresh, *TINY, "--train_aae", "--aae_steps", 2))
     assert (fresh / "result").read_text() == "a file"
 
 
@@ -298,9 +298,9 @@ def test_an_unwritable_folder(study, stage):
     before = files(study)
     options = ("--raw_mri", study / "raw", "--shape", 16, 16, 16, "--spacing_mm", 8, "--whole_MRI", study / "new",
                "--restart", "--aae_steps", 2)  # fmt: skip
-    run_main("--root", study, *TINY, "--check")  # fills the cache
+    captured("--root", study, *TINY, "--check")  # fills the cache
     with mock.patch("os.replace", refuse):
-        line = complaint(run_main("--root", study, *TINY, stage, *(options if stage == "--prepare" else options[-3:])))
+        line = complaint(captured("--root", study, *TINY, stage, *(options if stage == "--prepare" else options[-3:])))
     assert "ermission denied" in line
     if stage != "--train_aae":
         assert files(study) == before
@@ -331,7 +331,7 @@ def test_a_full_disk_leaves_nothing_half_written(study, small_disk, stage, leave
     fill(small_disk, leave)
     place = {"--train_aae": ("--result", small_disk / "old"), "--gen": ("--out", small_disk / "old")}[stage]
     extra = ("--aae_channels", 16) if stage == "--train_aae" else ()
-    ended = run_main("--root", study, *TINY, stage, "--aae_steps", 2, "--cache", "none", *place, *extra)
+    ended = captured("--root", study, *TINY, stage, "--aae_steps", 2, "--cache", "none", *place, *extra)
     if ended.status == 0:  # what is left was enough
         assert stage == "--gen" and leave > 0
     else:
@@ -356,7 +356,7 @@ def test_a_full_disk_keeps_the_checkpoint_that_was_there(study, monkeypatch):
         real(number)
 
     monkeypatch.setattr(os, "fsync", full)
-    line = complaint(run_main("--root", study, *TINY, "--train_aae", "--aae_steps", 4))
+    line = complaint(captured("--root", study, *TINY, "--train_aae", "--aae_steps", 4))
     assert "disk full" in line and "last.pt" in line
     assert last.read_bytes() == before and not list(last.parent.glob(".*tmp"))
 

@@ -14,7 +14,7 @@ from common import nifti, phantom
 from il_cldm import make_phantom, prepare
 from il_cldm.config import Config
 from tests.helpers import run_script
-from tests.il_cldm.tools import SHORT, TINY, complaint, files, run_main
+from tests.il_cldm.tools import SHORT, TINY, captured, complaint, files
 
 SHAPE, SPACING = (20, 24, 20), 9.0  # 180 x 216 x 180 mm
 MRI, PET, REGIONS = (f"data/process/{f}_112" for f in ("whole_MRI", "whole_Abeta", "regions"))
@@ -38,7 +38,7 @@ def prepare_args(raw, root):
 @pytest.fixture(scope="module")
 def study(raw, tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
-    done = run_main(*prepare_args(raw, root))
+    done = captured(*prepare_args(raw, root))
     assert done.status == 0, done.err
     return root
 
@@ -103,7 +103,7 @@ def test_a_blob_keeps_its_world_position_from_any_oblique_grid(tmp_path, axes):
 
     write("mri", [2.0, 2.5, 4.0], 12, (100, 90, 50), axes, 10)
     write("pet", [4.0, 4.0, 5.0], -7, (52, 56, 42), "LAS", 10)
-    done = run_main("--prepare", "--root", tmp_path, "--raw_mri", tmp_path / "mri", "--raw_pet", tmp_path / "pet",
+    done = captured("--prepare", "--root", tmp_path, "--raw_mri", tmp_path / "mri", "--raw_pet", tmp_path / "pet",
                     "--shape", *SHAPE, "--spacing_mm", SPACING, "--pet_divisor", 700, "--mri_norm", "none")  # fmt: skip
     assert done.status == 0, done.err
     pet, mri = (nifti.load(tmp_path / f / "sub-7.nii.gz") for f in (PET, MRI))
@@ -142,9 +142,9 @@ def test_the_record_turns_volumes_back_into_raw_units(raw, study):
 def test_kept_refused_replaced(raw, study, tmp_path):
     before = files(study)
     stamp = (study / MRI / "001S0001.nii.gz").stat().st_mtime_ns
-    assert run_main(*prepare_args(raw, study)).status == 0
+    assert captured(*prepare_args(raw, study)).status == 0
     assert files(study) == before and (study / MRI / "001S0001.nii.gz").stat().st_mtime_ns == stamp
-    line = complaint(run_main(*prepare_args(raw, study), "--mri_norm", "minmax"))
+    line = complaint(captured(*prepare_args(raw, study), "--mri_norm", "minmax"))
     assert "mri_norm percentile -> minmax" in line and "--overwrite" in line
     other = tmp_path / "other"
     other.mkdir()
@@ -154,14 +154,14 @@ def test_kept_refused_replaced(raw, study, tmp_path):
     shutil.copy(raw / "mri" / "001S0001_T1w.nii.gz", other / "001S0001_T1.nii.gz")
     args = prepare_args(raw, study)
     args[args.index("--raw_mri") + 1] = other
-    assert "001S0001" in complaint(run_main(*args))  # same name, another file
+    assert "001S0001" in complaint(captured(*args))  # same name, another file
     assert files(study) == before
     # a run that was cut short continues: one subject's record entry and another's PET are gone
     record = record_of(study)
     del record["subjects"]["084S6001.nii.gz"]["mri_scale"]
     (study / "data_info" / "prepare.json").write_text(json.dumps(record))
     (study / PET / "047S8001.nii.gz").unlink()
-    assert run_main(*prepare_args(raw, study)).status == 0
+    assert captured(*prepare_args(raw, study)).status == 0
     after = files(study)
     assert json.loads(after.pop("data_info/prepare.json")) == json.loads(before.pop("data_info/prepare.json"))
     assert after == before
@@ -182,7 +182,7 @@ def test_names_and_pairs(tmp_path):
     assert {k: p.name for k, p in prepare.scan(str(tree), "mri").items()} == {
         "sub-01_ses-1": "sub-01_ses-1_T1w.nii.gz", "sub-02": "sub-02_T1w.nii"}  # fmt: skip
     (tree / "sub-02/anat/sub-02_run-2_T1w.nii").touch()
-    line = complaint(run_main("--prepare", "--raw_mri", tree, "--root", tmp_path))
+    line = complaint(captured("--prepare", "--raw_mri", tree, "--root", tmp_path))
     assert "sub-02_T1w.nii" in line and "sub-02_run-2_T1w.nii" in line
 
 
@@ -281,7 +281,7 @@ def test_bad_raw_data_end_in_one_line_that_names_them(tmp_path, case, words):
     else:
         extra = ["--split_fractions", *((0.5, -0.5, 1) if case == "fractions" else (0.5, 0.5))]
     args = ["--prepare", "--root", root, "--shape", 20, 20, 20, "--spacing_mm", 10, "--raw_mri", mri, "--raw_pet", pet]
-    line = complaint(run_main(*args, *(["--raw_mask", mask] if mask else []), *extra))
+    line = complaint(captured(*args, *(["--raw_mask", mask] if mask else []), *extra))
     assert words in line
     if case not in ("no folder", "no files", "no raw_mri", "shape", "spacing", "divisor", "fractions", "two fractions"):
         assert "B" in line.split()[1] or "B_" in line or "A_T1" in line
@@ -291,7 +291,7 @@ def test_bad_raw_data_end_in_one_line_that_names_them(tmp_path, case, words):
         raw_head(mri, "B_T1.nii.gz")
         raw_head(pet, "B_PET.nii.gz", fill=2.0)
         nifti.save(mask / "B_mask.nii.gz", inside, affine, dtype=np.uint8)
-        done = run_main(*args, "--raw_mask", mask)
+        done = captured(*args, "--raw_mask", mask)
         assert done.status == 0 and (root / MRI / "B.nii.gz").is_file(), done.err
 
 
@@ -301,17 +301,17 @@ def test_native_generation_lies_on_the_raw_mri(raw, study, tmp_path):
     base = ["--root", study, *TINY, *SHORT]
     labels = "".join(f"{n}.nii.gz,{i}\n" for i, n in enumerate(NAMES))
     (study / "data_info" / "data_info.csv").write_text("filename,label_id\n" + labels)
-    done = run_main(*base, "--train_aae", "--enc", "--train_ldm", "--aae_steps", 100, "--ldm_steps", 200)
+    done = captured(*base, "--train_aae", "--enc", "--train_ldm", "--aae_steps", 100, "--ldm_steps", 200)
     assert done.status == 0, done.err
     args = [*base, "--gen", "--native", "--mri", raw / "mri", "--out", tmp_path / "out"]
-    assert "--raw_mask" in complaint(run_main(*args))  # trained on masked brains: a head with skull would mislead it
+    assert "--raw_mask" in complaint(captured(*args))  # trained on masked brains: a head with skull would mislead it
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.nii.gz"))
-    done = run_main(*args, "--raw_mask", raw / "labels", "--samples", 2, "--steps", 10, "--overwrite")
+    done = captured(*args, "--raw_mask", raw / "labels", "--samples", 2, "--steps", 10, "--overwrite")
     assert done.status == 0, done.err
     (tmp_path / "prepared").mkdir()
     for name in NAMES:  # the same subjects, prepared beforehand
         shutil.copy(study / MRI / f"{name}.nii.gz", tmp_path / "prepared" / f"{name}_T1w.nii.gz")
-    done = run_main(*base, "--gen", "--mri", tmp_path / "prepared", "--out", tmp_path / "on_grid", "--samples", 2,
+    done = captured(*base, "--gen", "--mri", tmp_path / "prepared", "--out", tmp_path / "on_grid", "--samples", 2,
                     "--steps", 10)  # fmt: skip
     assert done.status == 0, done.err
     for name in NAMES:

@@ -10,7 +10,7 @@ import pytest
 
 from common import figures, nifti, phantom
 from tests.helpers import run_script
-from tests.il_cldm.tools import SHORT, TINY, run_main
+from tests.il_cldm.tools import SHORT, TINY, captured
 
 DATA = Path(os.environ.get("REAL_DATA_DIR", "")) / "brain_t1"
 pytestmark = [
@@ -31,14 +31,14 @@ def study(tmp_path_factory):
             shutil.copy(path, root / folder)
     done = run_script(["il_cldm/make_phantom.py", "--from_labels", root / "ixi_2mm_dlmuse", "--out", root])
     assert done.returncode == 0, done.stderr
-    done = run_main("--root", root, "--prepare", "--raw_mri", root / "ixi_2mm", "--raw_mask", root / "ixi_2mm_dlmuse",
+    done = captured("--root", root, "--prepare", "--raw_mri", root / "ixi_2mm", "--raw_mask", root / "ixi_2mm_dlmuse",
                     "--raw_pet", root / "raw/pet", "--shape", *SHAPE, "--spacing_mm", SPACING)  # fmt: skip
     assert done.status == 0, done.err
     return root
 
 
 def test_prepared_brains_are_whole_and_the_simulated_pet_follows_them(study):
-    assert run_main("--root", study, "--check", "--device", "cpu").status == 0
+    assert captured("--root", study, "--check", "--device", "cpu").status == 0
     record = json.loads((study / "data_info/prepare.json").read_text())
     regions = record["target_labels"], record["reference_labels"]
     truth = [row.split(",") for row in (study / "truth.csv").read_text().split()[1:]]
@@ -62,7 +62,7 @@ def test_prepared_brains_are_whole_and_the_simulated_pet_follows_them(study):
 
 def test_mri_only_synthesis_overlays_the_raw_t1(study, tmp_path):
     base = ["--root", study, *TINY, *SHORT]
-    done = run_main(*base, "--train_aae", "--enc", "--train_ldm", "--aae_steps", 100, "--ldm_steps", 400)
+    done = captured(*base, "--train_aae", "--enc", "--train_ldm", "--aae_steps", 100, "--ldm_steps", 400)
     assert done.status == 0, done.err
     test = (study / "data_info/test.txt").read_text().split()
     (tmp_path / "mri").mkdir()
@@ -70,7 +70,7 @@ def test_mri_only_synthesis_overlays_the_raw_t1(study, tmp_path):
         shutil.copy(study / "ixi_2mm" / f"{name[:-7]}_T1.nii.gz", tmp_path / "mri")
     for folder in ("data", "raw"):
         shutil.rmtree(study / folder)  # MRI, mask and checkpoints are all that synthesis needs
-    done = run_main(*base, "--gen", "--native", "--mri", tmp_path / "mri", "--raw_mask", study / "ixi_2mm_dlmuse",
+    done = captured(*base, "--gen", "--native", "--mri", tmp_path / "mri", "--raw_mask", study / "ixi_2mm_dlmuse",
                     "--out", tmp_path / "out", "--samples", 4, "--gen_batch", 4, "--steps", 15)  # fmt: skip
     assert done.status == 0, done.err
     for path in sorted((tmp_path / "mri").iterdir()):

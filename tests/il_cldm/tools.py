@@ -35,7 +35,7 @@ class Ended:
     err: str
 
 
-def run_main(*args) -> Ended:
+def captured(*args) -> Ended:
     """`python il_cldm/main.py args...` without a new process: exit status and what it printed."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with (

@@ -1,36 +1,14 @@
 """One tiny longitudinal study for all tests: 16 subjects, 3 sessions, 16 x 20 x 16 voxels of 12 mm."""
 
 import shutil
-import sys
 
-import numpy as np
 import pytest
-import torch
 
 from ldae import make_phantom
 from ldae.preprocess import Preparation
+from tests.helpers import run_main
 
 SHAPE, SPACING_MM = (16, 20, 16), 12.0
-
-
-def run_main(module, *args):
-    """`python <module> args...` in this process; UserError and SystemExit come through."""
-    before, sys.argv = sys.argv, [module.__file__, *map(str, args)]
-    try:
-        module.main()
-    finally:
-        sys.argv = before
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the subprocesses of the tests: results then agree bit by bit. Also keeps one test's RNG out of the next."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from common import runtime
 from ldae import model, run_cli
 from ldae.preprocess import Preparation
 from ldae.scripts import save_compressed_latent
-from tests.ldae.conftest import SHAPE, SPACING_MM, run_main
+from tests.helpers import run_main
+from tests.ldae.conftest import SHAPE, SPACING_MM
 
 COMMON = "--device cpu --num_workers 0".split()
 VOLUME = ["--shape", *map(str, SHAPE), "--spacing_mm", str(SPACING_MM)]

@@ -11,8 +11,9 @@ from common.cli import UserError
 from ldae import voxel_dae
 from ldae.preprocess import Preparation
 from ldae.scripts import benchmark, config
+from tests.helpers import run_main
 from tests.ldae import stages
-from tests.ldae.conftest import SHAPE, SPACING_MM, run_main
+from tests.ldae.conftest import SHAPE, SPACING_MM
 from tests.ldae.test_generate import help_without_torch
 
 PAPER = {

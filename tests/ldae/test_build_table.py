@@ -11,8 +11,7 @@ import pytest
 from common.cli import UserError
 from ldae import dataset
 from ldae.scripts import build_table
-from tests.helpers import run_script
-from tests.ldae.conftest import run_main
+from tests.helpers import run_main, run_script
 
 
 def scan(path):

@@ -12,8 +12,8 @@ from common import nifti
 from common.cli import UserError
 from ldae import dataset, make_phantom
 from ldae.scripts import check
-from tests.helpers import run_script
-from tests.ldae.conftest import SHAPE, SPACING_MM, run_main
+from tests.helpers import run_main, run_script
+from tests.ldae.conftest import SHAPE, SPACING_MM
 
 GRID = ("--shape", *map(str, SHAPE), "--spacing_mm", str(SPACING_MM))
 

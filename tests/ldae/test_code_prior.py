@@ -12,8 +12,7 @@ from common.cli import UserError
 from common.runtime import Runtime
 from ldae import code_prior, codes
 from ldae.scripts import train_code_prior
-from tests.helpers import ROOT, assert_same_tensors, run_script
-from tests.ldae.conftest import run_main
+from tests.helpers import ROOT, assert_same_tensors, run_main, run_script
 
 CPU = Runtime(torch.device("cpu"))
 N, DIM = 120, 8

@@ -15,8 +15,7 @@ from common import figures, nifti
 from common.cli import UserError
 from ldae import dataset
 from ldae.scripts import compare
-from tests.helpers import run_script
-from tests.ldae.conftest import run_main
+from tests.helpers import run_main, run_script
 
 
 @pytest.fixture(scope="module")

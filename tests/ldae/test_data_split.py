@@ -10,7 +10,7 @@ from common import runtime
 from common.cli import UserError
 from ldae import data_split, dataset
 from ldae.dataset import Row
-from tests.ldae.conftest import run_main
+from tests.helpers import run_main
 
 
 @pytest.fixture

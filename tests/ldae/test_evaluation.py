@@ -11,9 +11,9 @@ from common import metrics, runtime
 from common.cli import UserError
 from ldae import dataset, evaluation, generation, model
 from ldae.scripts import config, reconstruction_table
-from tests.helpers import two_ranks
+from tests.helpers import run_main, two_ranks
 from tests.ldae import stages
-from tests.ldae.conftest import SHAPE, run_main
+from tests.ldae.conftest import SHAPE
 from tests.ldae.test_generate import help_without_torch, ready
 
 FAST = "--device cpu --num_workers 0 --table_steps 3 5".split()

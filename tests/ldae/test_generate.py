@@ -14,9 +14,9 @@ from common.cli import UserError
 from common.training import save_network
 from ldae import code_prior, data_split, dataset, evaluation, generation, manipulation, model, posterior_gap, preprocess
 from ldae.scripts import generate
-from tests.helpers import run_script, two_ranks
+from tests.helpers import run_main, run_script, two_ranks
 from tests.ldae import stages
-from tests.ldae.conftest import SHAPE, SPACING_MM, run_main
+from tests.ldae.conftest import SHAPE, SPACING_MM
 
 FAST = "--device cpu --num_workers 0 --steps 5".split()
 SCAN = "sub-0001_M000"

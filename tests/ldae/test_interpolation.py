@@ -14,9 +14,8 @@ from common.cli import UserError
 from ldae import dataset, generation, interpolation, model
 from ldae.interpolation import Triple
 from ldae.scripts import interpolation_evaluation
-from tests.helpers import run_script
+from tests.helpers import run_main, run_script
 from tests.ldae import stages
-from tests.ldae.conftest import run_main
 from tests.ldae.test_generate import help_without_torch, ready
 
 FAST = "--device cpu --num_workers 0 --steps 4".split()

@@ -11,7 +11,8 @@ from common import nifti, phantom
 from common.cli import UserError
 from ldae import dataset, make_phantom, preprocess
 from ldae.preprocess import Preparation
-from tests.ldae.conftest import SHAPE, SPACING_MM, run_main
+from tests.helpers import run_main
+from tests.ldae.conftest import SHAPE, SPACING_MM
 
 TINY = ("--shape", *SHAPE)
 

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from ldae import dataset, make_phantom, quality
 from ldae.preprocess import Preparation
-from tests.ldae.conftest import run_main
+from tests.helpers import run_main
 
 SHAPE, SPACING_MM = (32, 40, 32), 6.0
 

@@ -15,8 +15,8 @@ import pytest
 from common import nifti
 from ldae import codes, dataset
 from ldae.scripts import build_table, check, generate, save_compressed_latent, save_semantic_latent, train_manipulation
+from tests.helpers import run_main
 from tests.ldae import stages
-from tests.ldae.conftest import run_main
 
 DATA = Path(os.environ.get("REAL_DATA_DIR", "")) / "brain_t1"
 SCANS, LABELS, PAIR = DATA / "ixi_2mm", DATA / "ixi_2mm_dlmuse", DATA / "longitudinal_ms"

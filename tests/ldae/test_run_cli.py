@@ -12,8 +12,7 @@ import yaml
 from common import cli
 from ldae import run_cli
 from ldae.config import CONFIGS, HERE, PRESETS, SECTIONS, STAGES, read_file
-from tests.helpers import ROOT, run_script
-from tests.ldae.conftest import run_main
+from tests.helpers import ROOT, run_main, run_script
 
 AEKL = str(HERE / "config" / "aekl.yaml")
 

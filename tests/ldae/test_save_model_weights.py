@@ -14,9 +14,8 @@ from ldae.autoencoder import AutoencoderKL
 from ldae.encoder import SemanticEncoder
 from ldae.scripts import save_model_weights
 from ldae.unet import ShiftUNet, UNet
-from tests.helpers import ROOT, run_script
+from tests.helpers import ROOT, run_main, run_script
 from tests.ldae import stages
-from tests.ldae.conftest import run_main
 from tests.ldae.test_supervised import run as run_supervised
 
 
@@ -94,9 +93,11 @@ def test_checkpoints_hold_no_tensor_twice(done):
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
-def test_the_originals_names(done, tmp_path, form):
-    """Key names as the original's programs expect them; A's importer reads them back strictly."""
+def test_the_originals_names(done, tmp_path, form, capsys):
+    """Key names as the original's programs expect them; our importer reads them back strictly."""
     export("--ckpt", stages.best(done), "--format", form, "--names", "original", "--output_folder", tmp_path)
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert len(warned) == 1 and f"decoder.{form} pools all three axes" in warned[0]
     found = {}
     for name in ("autoencoderkl", "encoder", "decoder"):
         path = tmp_path / f"{name}.{form}"

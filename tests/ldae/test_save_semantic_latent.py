@@ -12,8 +12,7 @@ from common import checkpoint
 from common.cli import UserError
 from ldae import codes, data_split
 from ldae.scripts import save_semantic_latent
-from tests.helpers import run_script, two_ranks
-from tests.ldae.conftest import run_main
+from tests.helpers import run_main, run_script, two_ranks
 from tests.ldae.stages import CODE_DIM, best, last, untrained_ldae
 
 COMMON = "--device cpu --num_workers 0".split()

@@ -11,8 +11,8 @@ import pytest
 from common.cli import UserError
 from ldae import data_split, dataset
 from ldae.scripts import slice_attention
-from tests.helpers import run_script
-from tests.ldae.conftest import SHAPE, SPACING_MM, run_main
+from tests.helpers import run_main, run_script
+from tests.ldae.conftest import SHAPE, SPACING_MM
 from tests.ldae.stages import best, untrained_ldae
 
 COMMON = "--device cpu --num_workers 0".split()

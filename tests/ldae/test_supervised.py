@@ -13,9 +13,8 @@ from common import checkpoint, runtime
 from common.cli import UserError
 from ldae import dataset, run_cli, supervised
 from ldae.encoder import SemanticEncoder
-from tests.helpers import assert_same_tensors, kill_and_resume, reached, run_script, two_ranks
+from tests.helpers import assert_same_tensors, kill_and_resume, reached, run_main, run_script, two_ranks
 from tests.ldae import stages
-from tests.ldae.conftest import run_main
 
 TINY = (
     "--shape 16 20 16 --spacing_mm 12 --backbone_depths 1 1 --backbone_widths 8 16 --code_dim 16 --encoder_heads 2 "

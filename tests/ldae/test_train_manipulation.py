@@ -13,8 +13,7 @@ from common.cli import UserError
 from ldae import codes
 from ldae.manipulation import Direction
 from ldae.scripts import train_manipulation
-from tests.helpers import run_script
-from tests.ldae.conftest import run_main
+from tests.helpers import run_main, run_script
 from tests.ldae.test_probes import make_codes
 
 QUICK = "--repeats 1 --permutations 2 --bootstrap 50 --strengths 0.1 --num_workers 0".split()

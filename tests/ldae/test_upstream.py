@@ -15,8 +15,7 @@ from ldae.preprocess import Preparation
 from ldae.scripts import import_weights
 from ldae.unet import ShiftUNet, UNet
 from tests import golden
-from tests.helpers import run_script
-from tests.ldae.conftest import run_main
+from tests.helpers import run_main, run_script
 
 GOLDEN = Path(golden.__file__).parent / "ldae"
 RT = runtime.Runtime(torch.device("cpu"))

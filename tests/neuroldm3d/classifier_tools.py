@@ -14,7 +14,7 @@ from neuroldm3d import dataset, preprocess
 from neuroldm3d.classifier import train
 from neuroldm3d.classifier.config import PRESETS, Config
 from neuroldm3d.preprocess import Preparation
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import run_main
 
 PREP = Preparation(shape=(32, 40, 32))
 TINY = (

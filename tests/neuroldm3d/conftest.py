@@ -1,34 +1,12 @@
 """One tiny study for all tests: a phantom of 33 x 41 x 33 voxels, 32 x 40 x 32 after preparation."""
 
 import shutil
-import sys
 
-import numpy as np
 import pytest
-import torch
 
 from neuroldm3d import make_phantom
 from neuroldm3d.preprocess import Preparation
-
-
-def run_main(module, *args):
-    """`python <module> args...` in this process; UserError and SystemExit come through."""
-    before, sys.argv = sys.argv, [module.__file__, *map(str, args)]
-    try:
-        module.main()
-    finally:
-        sys.argv = before
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the subprocesses of the tests: results then agree bit by bit. Also keeps one test's RNG out of the next."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+from tests.helpers import run_main
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 from neuroldm3d.diffusion import train as dit_train
 from neuroldm3d.VAE import save_latent
 from neuroldm3d.VAE import train as vae_train
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import run_main
 
 COMMON = "--device cpu --num_workers 0".split()
 TINY_VAE = (

@@ -14,8 +14,7 @@ from common import nifti
 from common.cli import UserError
 from neuroldm3d import audit, data_split, dataset
 from neuroldm3d.dataset import Row, Volumes, read_table
-from tests.helpers import run_script
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import run_main, run_script
 
 
 def records(path):

@@ -15,8 +15,8 @@ from common import cli
 from common.cli import UserError
 from neuroldm3d.classifier import grid, metrics, run
 from neuroldm3d.classifier.config import GRID_PRESETS, GridConfig
+from tests.helpers import run_main
 from tests.neuroldm3d.classifier_tools import TINY, add_synthetic, run_folder
-from tests.neuroldm3d.conftest import run_main
 
 STUDY = "--budgets 8 --shares 0 50 --equal_size 50 --synthetic_only 8 --seeds 1 2 --max_steps 4".split()
 

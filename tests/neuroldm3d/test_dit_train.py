@@ -241,7 +241,7 @@ def test_numbers_and_lists_of_the_command_line_count():
 def test_a_patch_that_does_not_fit_is_refused_or_padded(capsys, tmp_path):
     """Fact 21, command line: DiT-B/4 on 28 x 34 x 28."""
     from neuroldm3d.diffusion import train as script
-    from tests.neuroldm3d.conftest import run_main
+    from tests.helpers import run_main
 
     common = ("--root", tmp_path, "--dry_run", "--device", "cpu", "--model_type", "DiT-B/4")
     with pytest.raises(UserError, match="28x34x28 does not divide into patches of 4x4x4.*--pad_input"):

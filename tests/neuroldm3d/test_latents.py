@@ -13,7 +13,7 @@ from common import nifti, runtime
 from common.cli import UserError
 from neuroldm3d import dataset
 from neuroldm3d.VAE import generate_synthetic_samples, infer, latents
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import run_main
 from tests.neuroldm3d.stages import COMMON, best, encode, train_vae, trained
 
 

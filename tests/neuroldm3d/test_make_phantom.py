@@ -11,7 +11,7 @@ import pytest
 from common import nifti, phantom
 from common.cli import UserError
 from neuroldm3d import make_phantom
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import run_main
 
 TINY = ("--shape", 24, 28, 24, "--n_val", 1, "--n_test", 1)
 

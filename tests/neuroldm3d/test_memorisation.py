@@ -15,9 +15,8 @@ from neuroldm3d.classifier.model import CNN3D
 from neuroldm3d.diffusion import memorisation
 from neuroldm3d.diffusion.memorisation import audit, chance_below, compare, describe, distance_matrix, nearest
 from neuroldm3d.VAE import save_latent
-from tests.helpers import two_ranks
+from tests.helpers import run_main, two_ranks
 from tests.neuroldm3d import stages
-from tests.neuroldm3d.conftest import run_main
 
 
 def normal(n, d, seed, scale=1.0):

@@ -17,8 +17,7 @@ from neuroldm3d import dataset, preprocess
 from neuroldm3d.classifier.model import CNN3D
 from neuroldm3d.diffusion import evaluation, per_slice_fid, per_slice_fid_ignite
 from neuroldm3d.preprocess import Preparation
-from tests.helpers import ROOT, run_script, two_ranks
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import ROOT, run_main, run_script, two_ranks
 from tests.neuroldm3d.test_inception import make_weights
 
 SMOKE = ("--preset", "smoke", "--device", "cpu", "--bootstrap", 3, "--num_workers", 0)

@@ -16,8 +16,7 @@ from neuroldm3d import dataset, prepare_nii, preprocess
 from neuroldm3d.diffusion import memorisation
 from neuroldm3d.preprocess import Preparation
 from neuroldm3d.VAE import generate_synthetic_samples, infer
-from tests.helpers import ROOT, run_script
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import ROOT, run_main, run_script
 from tests.neuroldm3d.stages import COMMON, TINY_DIT, TINY_VAE
 
 pytestmark = pytest.mark.slow

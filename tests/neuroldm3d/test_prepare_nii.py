@@ -13,7 +13,7 @@ from common import nifti
 from common.cli import UserError
 from neuroldm3d import prepare_nii
 from neuroldm3d.dataset import Volumes, read_table
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import run_main
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from neuroldm3d.diffusion import train as dit_train
 from neuroldm3d.preprocess import Preparation
 from neuroldm3d.VAE import infer, save_latent
 from neuroldm3d.VAE import train as vae_train
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import run_main
 from tests.neuroldm3d.stages import COMMON, TINY_DIT
 
 DATA = Path(os.environ.get("REAL_DATA_DIR", "")) / "brain_t1"

@@ -17,14 +17,13 @@ from common.cli import UserError
 from neuroldm3d import dataset, preprocess
 from neuroldm3d.classifier import attribution, generate_saliency_maps, run_saliency_generation, saliency
 from neuroldm3d.classifier.model import CNN3D
-from tests.helpers import run_script, two_ranks
+from tests.helpers import run_main, run_script, two_ranks
 from tests.neuroldm3d.classifier_tools import (
     PREP,
     run_folder,
     trained,  # noqa: F401 - a fixture
 )
 from tests.neuroldm3d.classifier_tools import call as call_train
-from tests.neuroldm3d.conftest import run_main
 
 COLUMNS = ["method", "shape", "mean", "std", "min", "max", "abs_mean", "positive_ratio", "negative_ratio",
            "subject_id", "true_label", "prediction", "sample_idx"]  # fmt: skip

@@ -12,8 +12,7 @@ from common.cli import UserError
 from neuroldm3d import dataset
 from neuroldm3d.diffusion import sampling, save_synth
 from neuroldm3d.VAE import latents
-from tests.helpers import kill_and_resume, run_script, two_ranks
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import kill_and_resume, run_main, run_script, two_ranks
 from tests.neuroldm3d.stages import COMMON, best, encode, train_dit, trained
 
 STEPS = ("--steps", 4)

@@ -15,7 +15,7 @@ from neuroldm3d.VAE import train as vae_train
 from neuroldm3d.VAE.config import PRESETS, Config
 from neuroldm3d.VAE.losses import kl_divergence
 from neuroldm3d.VAE.model import AutoencoderKL
-from tests.neuroldm3d.conftest import run_main
+from tests.helpers import run_main
 from tests.neuroldm3d.stages import TINY_VAE, best, last, log_rows, train_vae, trained
 
 
