@@ -16,13 +16,13 @@ ROOT = FOLDER.parents[1]
 
 
 HEAVY = ("aae_full", "disc_full", "vae_full")  # few parameters, large volumes
-REQUIRED = {"il_cldm": 30, "neuroldm3d": 38, "ldae": 27}
+REQUIRED = {"il_cldm": 30, "neuroldm3d": 38, "ldae": 27, "lapt": 27}
 
 
 def cases():
     for path in golden.find_cases([FOLDER]):
         case = json.loads(path.read_text())
-        heavy = case["n_params"] > 5e6 or path.stem in HEAVY or path.stem.startswith("stage1")
+        heavy = (case["n_params"] or 0) > 5e6 or path.stem in HEAVY or path.stem.startswith("stage1")
         yield pytest.param(path, id=f"{path.parent.name}-{path.stem}", marks=[pytest.mark.slow] if heavy else [])
 
 
@@ -78,12 +78,37 @@ def test_non_finite_value_fails(tmp_path, value):
         (lambda case: case.update(n_params=1), "parameters"),
         (lambda case: case["outputs"].update(weights=[1]), "weights"),
         (lambda case: case["inputs"].update(x={"seed": "x", "shape": [2, 32, 3, 4, 6]}), "shape"),
-        (lambda case: case["inputs"]["x"].update(above=1.0), "above"),
+        (lambda case: case["inputs"]["x"].update(power=2.0), "power"),
     ],
 )
 def test_unknown_or_other_structure_fails(tmp_path, change, message):
     result = golden.run_case(copy_case(tmp_path / "il_cldm", "block_attention", change))
     assert result.status == "FAIL" and message in result.note
+
+
+def test_operations_on_inputs():
+    """Shift, threshold and zeroed samples or slices, in this order."""
+    spec = {"seed": "a", "shape": [3, 4, 5], "scale": 2.0}
+    plain = golden.draw(spec)
+    assert np.array_equal(golden.draw(spec | {"shift": 1.5}), plain + 1.5)
+    mask = golden.draw(spec | {"shift": 1.5, "above": 1.0, "zero_samples": [1], "zero_last_axis": [0, 4]})
+    expected = (plain + 1.5 > 1.0).float()
+    expected[1], expected[..., [0, 4]] = 0, 0
+    assert 0 < mask.sum() < mask.numel() and np.array_equal(mask, expected)
+
+
+def test_a_comparison_can_be_restricted_to_where_it_means_something(tmp_path):
+    def spoil(arrays):
+        arrays["out"][0, 0, 0, 0, 0] += 1.0
+        arrays["certain"] = np.ones_like(arrays["out"])
+        arrays["certain"][0, 0, 0, 0, 0] = 0.1
+
+    def restrict(least):
+        return lambda case: case.update(compare_only_where={"out": ["certain", least]})
+
+    for least, status in ((0.5, "pass"), (0.05, "FAIL")):
+        path = copy_case(tmp_path / str(least) / "il_cldm", "block_attention", restrict(least), spoil)
+        assert golden.run_case(path).status == status
 
 
 def test_unknown_optional_case_fails_too(tmp_path):

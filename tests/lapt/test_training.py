@@ -1,0 +1,363 @@
+"""All stages: the same result however a run is cut, killed, resumed or shared by ranks; what training may change."""
+
+import random
+import shutil
+import signal
+from itertools import pairwise
+
+import pytest
+import torch
+
+from common import checkpoint, runtime
+from common.cli import UserError
+from lapt import ldm, segmentation
+from lapt.config import CONFIGS, PRESETS, merge
+from lapt.diffusion import fold, load_model
+from tests.helpers import ROOT, assert_same_tensors, two_ranks
+from tests.lapt.rank_stages import STAGES as SHARED
+from tests.lapt.stages import (
+    FULL,
+    SHORT,
+    STAGES,
+    again,
+    best,
+    earlier,
+    interrupted,
+    last,
+    log_rows,
+    trained,
+    words,
+)
+
+RT = runtime.Runtime(torch.device("cpu"))
+DIFFUSION = ("ldm", "lapt", "ldm3d", "lapt3d")
+NETWORK = {"vqgan": "vqgan", "guide": "guide"} | dict.fromkeys(DIFFUSION, "learned")
+
+
+@pytest.fixture(scope="session")
+def runs(prepared):
+    return trained(prepared)
+
+
+@pytest.fixture(scope="session")
+def whole(prepared, runs, tmp_path_factory):
+    """Runs of SHORT steps that were left alone, to compare others with."""
+    folder = tmp_path_factory.mktemp("whole")
+    for stage in STAGES:
+        if stage in FULL:
+            again(stage, prepared, runs, folder)
+        else:
+            shutil.copytree(runs / stage, folder / stage)
+    return folder
+
+
+def options(stage, prepared, runs, *more):
+    """The resolved options of a tiny stage."""
+    values = [w for w in words(stage, prepared, runs) if "=" in w]
+    return CONFIGS[stage](**merge([], [f"stage={stage}", *values, *earlier(runs, stage), *more])[1], device="cpu")
+
+
+def assert_same_run(a, b, stage):
+    """Weights, average, optimizer, RNG, best checkpoint and logs agree bit by bit."""
+    assert_same_tensors(last(a, stage), last(b, stage))
+    assert_same_tensors(best(a, stage), best(b, stage))
+    assert log_rows(a, stage) == log_rows(b, stage)
+    for kind in ("train", "val"):
+        assert (a / stage / f"{kind}.csv").read_bytes() == (b / stage / f"{kind}.csv").read_bytes()
+
+
+# ---- interruptions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_cut_and_continued_in_the_middle_of_an_epoch_and_of_a_log_interval(prepared, runs, whole, tmp_path, stage):
+    """Fact 15: N steps + the same command again are the run that was left alone, bit by bit, data order included."""
+    again(stage, prepared, runs, tmp_path, "--max_steps", 1)
+    assert checkpoint.load(last(tmp_path, stage))["step"] == 1
+    assert best(tmp_path, stage).is_file()  # usable although nothing was validated yet
+    again(stage, prepared, runs, tmp_path)
+    assert_same_run(whole, tmp_path, stage)
+    before = last(tmp_path, stage).read_bytes()
+    again(stage, prepared, runs, tmp_path)  # it is complete: nothing happens
+    assert last(tmp_path, stage).read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_at_any_moment(prepared, runs, whole, tmp_path, stage):
+    """Fact 16: SIGKILL at a random moment, during writing too, leaves a checkpoint that continues bit-identically."""
+    command = words(stage, prepared, tmp_path, *earlier(runs, stage), "training.save_every=1")
+    delay_s = random.uniform(0, 0.05)
+    assert interrupted(stage, tmp_path, command, signal.SIGKILL, 2, delay_s) == -signal.SIGKILL
+    assert 1 <= checkpoint.load(last(tmp_path, stage))["step"] <= SHORT
+    again(stage, prepared, runs, tmp_path, "training.save_every=1")
+    assert_same_run(whole, tmp_path, stage)
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "lapt"])
+def test_signal(prepared, runs, tmp_path, stage):
+    """Fact 16: SIGTERM in mid-epoch ends a run cleanly: its own exit status, what was done is saved."""
+    command = words(stage, prepared, tmp_path, *earlier(runs, stage), "training.steps=400", "training.val_every=99")
+    assert interrupted(stage, tmp_path, command, signal.SIGTERM, 2) == 128 + signal.SIGTERM
+    assert 2 <= checkpoint.load(last(tmp_path, stage))["step"] < 400
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(prepared, runs, tmp_path):
+    """Losses that are not finite end the run in one line, and never reach a file."""
+    for stage in ("vqgan", "ldm"):
+        again(stage, prepared, runs, tmp_path, "--max_steps", 2)
+        with pytest.raises(UserError, match="diverged"):
+            again(stage, prepared, runs, tmp_path / "bad", "training.lr=1e30", "training.save_every=1",
+                  "training.log_every=100", "training.grad_clip=0", "training.lr_schedule=constant")  # fmt: skip
+        state = checkpoint.load(last(tmp_path / "bad", stage))
+        assert all(torch.isfinite(value).all() for value in state[NETWORK[stage]].values())
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "guide", "lapt"])
+def test_other_options_are_refused_and_restart_begins_anew(prepared, runs, whole, tmp_path, stage):
+    shutil.copytree(whole / stage, tmp_path / stage)
+    with pytest.raises(UserError, match="lr: 0.002 before, 0.003 now.*--restart"):
+        again(stage, prepared, runs, tmp_path, "training.lr=3e-3")
+    with pytest.raises(UserError, match="seed: 23 before, 5 now"):
+        again(stage, prepared, runs, tmp_path, "-s", 5)
+    again(stage, prepared, runs, tmp_path, "training.lr=3e-3", "--restart", "--max_steps", 1)
+    assert checkpoint.load(last(tmp_path, stage))["step"] == checkpoint.load(best(tmp_path, stage))["step"] == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(prepared, runs, tmp_path):
+    """The same global batch on two ranks: same losses, scores and weights to float tolerance, in every trainer."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--max_steps", 2, "training.log_every=1", "training.lr=1e-3"]
+    for stage in SHARED:
+        again(stage, prepared, runs, one, *more)
+    done = two_ranks(["-m", "tests.lapt.rank_stages", prepared, runs, two, *map(str, more)], cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in SHARED:
+        for row_1, row_2 in zip(log_rows(one, stage), log_rows(two, stage), strict=True):
+            for key, value in row_1.items():
+                same = value if key == "kind" or value is None else pytest.approx(value, rel=5e-3, abs=5e-3)
+                assert row_2[key] == same, (stage, key)
+        a, b = (checkpoint.load(last(folder, stage))[NETWORK[stage]] for folder in (one, two))
+        assert a.keys() == b.keys()
+        for key in a:  # Adam makes a full step of an entry whose gradient is rounding noise
+            assert (a[key].float() - b[key].float()).abs().mean() < 2e-4, (stage, key)
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "lapt"])
+def test_micro_batches_do_not_change_the_step(prepared, runs, tmp_path, stage):
+    """With accumulation and recomputed activations the same losses, gradient norms and one average per step."""
+    how = ("--max_steps", 2, "training.log_every=1", "training.batch_size=6", "loss.disc_start=9", "data.augment=none")
+    how = [w for w in how if stage == "vqgan" or not str(w).startswith("loss")]
+    again(stage, prepared, runs, tmp_path / "a", *how)
+    again(stage, prepared, runs, tmp_path / "b", *how, "training.accumulate=3", "training.checkpointing=true")
+    a, b = (checkpoint.load(last(tmp_path / name, stage)) for name in "ab")
+    assert a["ema"]["step"] == b["ema"]["step"] == 2
+    for row_a, row_b in zip(log_rows(tmp_path / "a", stage), log_rows(tmp_path / "b", stage), strict=True):
+        for key in row_a.keys() - {"kind"}:
+            assert row_b[key] == (row_a[key] and pytest.approx(row_a[key], rel=2e-3, abs=1e-4)), key
+
+
+# ---- what training must do ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_leaves_best_last_config_and_metrics(runs, stage):
+    """Facts 11 and 17: files of a finished run; safe loading; no path of this machine in what is written."""
+    for path in (best(runs, stage), last(runs, stage)):
+        checkpoint.load(path)  # weights_only
+    folder = runs / stage
+    names = ("config.json", "manifest.json", "log.jsonl", "train.csv", "val.csv", f"configs/{stage}.yaml")
+    assert all((folder / name).is_file() for name in names)
+    assert not list(folder.rglob("*.pkl"))
+    for name in ("config.json", f"configs/{stage}.yaml"):
+        assert str(runs.parent) not in (folder / name).read_text()
+
+
+def test_losses_fall_by_half(runs):
+    """Fact 11: reconstruction error of the autoencoder, noise error of the LDM."""
+    for stage, name in (("vqgan", "rec"), ("ldm", "noise")):
+        values = [row[name] for row in log_rows(runs, stage, "train")]
+        assert values[-1] <= 0.5 * values[0], (stage, values[0], values[-1])
+
+
+def test_frozen_means_frozen(prepared, runs):
+    """Fact 13: a step of post-training changes conditioner and U-Net; autoencoder and guide store no gradient."""
+    config = options("lapt3d", prepared, runs)
+    torch.manual_seed(0)
+    model = ldm.start_model(config, RT)
+    guide = segmentation.load_guide(config.guide, RT)
+    frozen = [checkpoint.weights_hash(network.state_dict()) for network in (model.autoencoder, guide.model)]
+    learned = ldm.learned_parts(model, config)
+    before = {name: value.clone() for name, value in learned.state_dict().items()}
+    optimizer = torch.optim.SGD(learned.parameters(), lr=1.0)
+    losses = one_step(model, config, guide, prepared)
+    losses["loss"].backward()
+    optimizer.step()
+    assert frozen == [checkpoint.weights_hash(network.state_dict()) for network in (model.autoencoder, guide.model)]
+    for network in (model.autoencoder, guide.model):
+        assert all(p.grad is None and not p.requires_grad for p in network.parameters())
+    after = learned.state_dict()
+    changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"conditioner", "unet"}
+    # And in the files of whole runs.
+    states = {stage: checkpoint.load(best(runs, stage))["state_dict"] for stage in ("ldm", "lapt", "ldm3d", "lapt3d")}
+    original = checkpoint.load(best(runs, "vqgan"))["state_dict"]
+    for state in states.values():
+        assert all(torch.equal(state[f"autoencoder.{name}"], value) for name, value in original.items())
+
+
+def one_step(model, config, guide, prepared, lesion=True, t=None):
+    """Losses of one batch of post-training."""
+    data = ldm.open_items(config, "train", model)
+    has = [i for i in range(len(data)) if bool(data[i]["lesion"].any()) == lesion][: 2 if config.volumes else 4]
+    item = torch.utils.data.default_collate([data[i] for i in has])
+    item = {name: item[name] for name in ("mri", "ctp", "mask", "lesion")}
+    g = torch.Generator().manual_seed(1)
+    shape = model.latent_shape(fold(item["mri"]))
+    noise = torch.randn((len(has), shape[0] // len(has), *shape[1:]), generator=g)
+    t = torch.full((len(has),), 100) if t is None else t
+    table = ldm.pixel_weights(model, config)
+    denoiser = ldm.Denoiser(model.conditioner, model.unet)
+    return ldm.training_losses(denoiser, model, item, t, noise, torch.rand((len(has), 2), generator=g), config, table,
+                               guide)  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["sample", "batch"])
+@pytest.mark.parametrize("stage", ["lapt", "lapt3d"])
+def test_a_batch_without_lesion(prepared, runs, stage, reduction):
+    """Fact 12: the lesion term is 0, loss and gradients are finite, and with a lesion the term is positive."""
+    config = options(stage, prepared, runs, f"loss.reduction={reduction}", "loss.weighting=none")
+    model = ldm.start_model(config, RT)
+    guide = segmentation.load_guide(config.guide, RT) if stage == "lapt3d" else None
+    learned = ldm.learned_parts(model, config)
+    losses = one_step(model, config, guide, prepared, lesion=False)
+    losses["loss"].backward()
+    assert losses["lesion"].item() == 0 and losses["image"].item() > 0
+    assert all(torch.isfinite(p.grad).all() for p in learned.parameters())
+    assert one_step(model, config, guide, prepared)["lesion"].item() > 0
+
+
+def test_pixel_terms_reach_only_timesteps_with_weight(prepared, runs):
+    """Weighting range: nothing is decoded at or above t_max; snr: the weight falls with the noise."""
+    config = options("lapt", prepared, runs, "loss.weighting=range", "loss.t_max=300")
+    model = ldm.start_model(config, RT)
+    late = one_step(model, config, None, prepared, t=torch.tensor([300, 500, 700, 999]))
+    assert late["image"] == late["lesion"] == 0 and late["loss"] == late["noise"]
+    both = one_step(model, config, None, prepared, t=torch.tensor([100, 500, 100, 999]))
+    assert both["image"] > 0
+    table = ldm.pixel_weights(model, options("lapt", prepared, runs, "loss.weighting=snr"))
+    assert table[0] == 1 and table[999] < 1e-4 and (table.diff() <= 0).all()
+    assert ldm.pixel_weights(model, options("lapt", prepared, runs, "loss.w_img=0", "loss.w_les=0")) is None
+
+
+def test_post_training_starts_from_the_average(prepared, runs):
+    """Fact 14: bit-equal to the LDM's averaged weights; the upstream preset starts from the raw ones."""
+    saved = checkpoint.load(best(runs, "ldm"))
+    raw = saved["state_dict"] | saved["raw_state_dict"]
+    assert any(not torch.equal(raw[name], value) for name, value in saved["state_dict"].items())
+    for how, expected in (("average", saved["state_dict"]), (PRESETS["lapt"]["upstream"]["init_weights"], raw)):
+        model = ldm.start_model(options("lapt", prepared, runs, f"training.init_weights={how}"), RT)
+        state = model.state_dict()
+        assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+
+
+def test_plain_continuation_sees_what_post_training_sees(prepared, runs, tmp_path):
+    """Fact 18's condition: same data order, timesteps, noise and start, whatever the weights of the terms."""
+    how = ("--max_steps", 1, "training.log_every=1")
+    again("lapt", prepared, runs, tmp_path / "lapt", *how)
+    again("lapt", prepared, runs, tmp_path / "plain", *how, "loss.w_img=0", "loss.w_les=0")
+    a, b = (log_rows(tmp_path / name, "lapt", "train")[0] for name in ("lapt", "plain"))
+    assert a["noise"] == b["noise"] == b["loss"] and a["loss"] > a["noise"] and "image" not in b
+
+
+def test_volume_model_starts_as_the_slice_model(prepared, runs):
+    """Fact 3, of the trainer: before its first step ldm3d predicts, slice by slice, what the 2D LDM predicts."""
+    config = options("ldm3d", prepared, runs)
+    model, flat = ldm.start_model(config, RT), load_model(runs / "ldm", RT)
+    item = ldm.open_items(config, "val", model)[0]
+    ctp = fold(item["ctp"][None])
+    z = torch.randn(model.latent_shape(ctp), generator=torch.Generator().manual_seed(0))
+    t = torch.full((len(z),), 500)
+    with torch.no_grad():
+        c, c_flat = model.condition(ctp), flat.condition(ctp)
+        assert torch.equal(c, c_flat)
+        assert (model.denoiser(c)(z, t) - flat.denoiser(c_flat)(z, t)).abs().max() <= 1e-5
+    assert torch.equal(model.latent_std, flat.latent_std) and model.intensity == flat.intensity
+
+
+def test_only_the_layers_between_slices(prepared, runs):
+    """model.trainable: part of the U-Net can be frozen, also with recomputed activations."""
+    config = options("ldm3d", prepared, runs, "model.trainable=inter_slice", "training.checkpointing=true")
+    model = ldm.start_model(config, RT)
+    learned = ldm.learned_parts(model, config)
+    one_step_ldm(model, config, prepared)["loss"].backward()
+    trained_names = [name for name, p in learned.named_parameters() if p.grad is not None]
+    assert trained_names and all("across" in name for name in trained_names)
+
+
+def one_step_ldm(model, config, prepared):
+    item = torch.utils.data.default_collate([ldm.open_items(config, "train", model)[0]])
+    item = {name: item[name] for name in ("mri", "ctp", "mask", "lesion")}
+    noise = torch.randn(1, *model.latent_shape(fold(item["mri"])))
+    denoiser = ldm.Denoiser(model.conditioner, model.unet)
+    return ldm.training_losses(denoiser, model, item, torch.tensor([300]), noise, torch.rand(1, 2), config)
+
+
+# ---- latents, validation, floor -------------------------------------------------------------------------------------
+
+
+def test_latents_have_unit_scale_and_are_cached_without_augmentation(prepared, runs, tmp_path):
+    """Scale: mean and SD of the whole training set; the cache gives what the encoder gives."""
+    config = options("ldm", prepared, runs, "data.augment=none", f"paths.cache={tmp_path / 'cache'}")
+    model = ldm.start_model(config, RT)
+    data = ldm.open_items(config, "train", model)
+    items = ldm.open_latents(config, model, data, {}, RT)
+    z = torch.cat([model.encode(data[i]["mri"][None]) for i in range(len(data))])
+    assert torch.allclose(z.mean((0, 2, 3)), torch.zeros(3), atol=1e-4)
+    assert torch.allclose(z.std((0, 2, 3)), torch.ones(3), atol=1e-3)
+    assert torch.equal(model.normalise(items[5, 0]["z"][None]), z[5:6])
+    saved = checkpoint.load(best(runs, "ldm"))["state_dict"]
+    assert torch.equal(saved["latent_std"], model.latent_std)  # augmented training measures the same
+    upstream = ldm.start_model(options("ldm", prepared, runs, "diffusion.latent_scale=none"), RT)
+    assert upstream.latent_std.tolist() == [1.0] * 3 and upstream.latent_mean.tolist() == [0.0] * 3
+
+
+def test_validation_is_the_same_every_time(prepared, runs):
+    """A fixed table of timesteps and noise over the whole schedule; the lesion-aware score is brain plus lesion."""
+    config = options("lapt", prepared, runs)
+    model = load_model(runs / "lapt", RT)
+    data = ldm.open_items(config, "val", model)
+    a, b = (ldm.validate(model, data, [0, 4, 9], config, RT) for _ in range(2))
+    assert a == b and a["score"] == a["brain"] + a["lesion"]
+    times = sorted(t for n in range(8) for t in ldm.fixed_times(n, 4, 1000))
+    assert len(set(times)) == 32 and times[0] < 60 and times[-1] > 940
+    assert max(later - earlier for earlier, later in pairwise(times)) < 80
+
+
+def test_floor_is_measured_stored_and_warned_about(prepared, runs, capsys, monkeypatch):
+    """Fact 19: the autoencoder's lesion error beside that of the LDM; a warning if it is more than half of it."""
+    config = options("lapt", prepared, runs)
+    model = load_model(runs / "ldm", RT)
+    data = ldm.open_items(config, "val", model)
+    report = ldm.measure_floor(model, data, list(range(len(data))), config, RT)
+    out = capsys.readouterr().out
+    assert "floor of the autoencoder: lesion L1" in out
+    assert ("warning" in out) == (report["autoencoder"]["lesion"] > 0.5 * report["ldm"]["lesion"])
+    assert checkpoint.load(best(runs, "lapt"))["floor"]["autoencoder"]["lesion"] > 0
+    # A floor far below the LDM's error: no warning. One item: first the autoencoder's errors, then the LDM's.
+    errors = iter([(torch.tensor(0.1), torch.tensor(0.01)), (torch.tensor(0.1), torch.tensor(0.2))])
+    monkeypatch.setattr(ldm, "image_errors", lambda *args: next(errors))
+    ldm.measure_floor(model, data, [0], config, RT)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_windows_of_decoded_slices(prepared, runs):
+    """Every lesion can be reached, at both ends of the volume too; without lesion every window can."""
+    config = options("lapt3d", prepared, runs, "loss.lesion_share=1")
+    lesion = torch.zeros(1, 1, 4, 4, 8)
+    lesion[..., 7] = 1
+    u = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
+    starts = ldm.choose_windows(lesion.expand(64, -1, -1, -1, -1), u, config)
+    assert set(starts) == {4}
+    assert set(ldm.choose_windows(torch.zeros(64, 1, 4, 4, 8), u, config)) == {0, 1, 2, 3, 4}
