@@ -58,8 +58,8 @@ def vqgan_step(
     """Accumulate one step's gradients in both networks; returns detached losses.
 
     x: normalised slices (B, 2, X, Y). Autoencoder: mean|x - x_hat| + l2_weight mean (x - x_hat)² + codebook term +
-    adaptive weight times -mean D(x_hat). Discriminator: hinge. `real_and_fake` None: no adversarial terms. `scale` multiplies every gradient
-    (loss scaling, micro-batches); `average` makes a gradient that of all ranks.
+    adaptive weight times -mean D(x_hat). Discriminator: hinge. `real_and_fake` None: no adversarial terms. `scale`
+    multiplies every gradient (loss scaling, micro-batches); `average` makes a gradient that of all ranks.
     """
     with autocast():
         x_hat, codebook_loss = model(x)

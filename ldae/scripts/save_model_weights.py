@@ -75,7 +75,7 @@ def export(options: Options) -> list[Path]:
         write(file, model, about | {"names": options.names}, options)
         print(f"{file}: {sum(p.numel() for p in model.parameters()):,} parameters")
         if options.names == "original" and about["config"].get("isotropic"):
-            print(f"warning: {file} pools all three axes, the original's U-Net two: its programs would load the file and "
+            print(f"warning: {file} pools all three axes, the original's U-Net two: its programs would load it and "
                   "compute something else; train with --no_isotropic for them")  # fmt: skip
     return list(written)
 
