@@ -372,8 +372,8 @@ PRESETS = {
         "upstream3d": UPSTREAM_VQGAN | RELEASE_3D,
         "small": SMALL | dict(channels=32, n_embed=1024, disc_channels=32, disc_start=5000, batch_size=16, lr=1e-4),
         "tiny": TINY | dict(
-            channels=16, channel_mult=(1, 2, 2), num_res_blocks=1, n_embed=512, norm_groups=8, disc_channels=8, disc_layers=2, disc_start=500,
-            batch_size=8, steps=400, lr=2e-3, ema_decay=0.98, revive_every=25, val_every=5,
+            channels=16, channel_mult=(1, 2, 2), num_res_blocks=1, n_embed=1024, z_channels=4, embed_dim=4, norm_groups=8, disc_channels=8, disc_layers=2,
+            l2_weight=20.0, disc_start=500, batch_size=8, steps=600, lr=3e-3, ema_decay=0.98, revive_every=25, val_every=5,
         ),
     },
     "guide": {

@@ -188,6 +188,7 @@ def paired_differences(rows: list[dict], method: str, names: Iterable[str], seed
 
 METHODS = {
     "ldae": "LDAE: LERP on y, SLERP on z_T",
+    "ldae_change": "the nearer scan and LDAE's change from it",  # what the autoencoder blurs stays in
     "copy_nearest": "the nearer scan",
     "voxel_blend": "voxels blended",
     "latent_blend": "autoencoder latents blended",
@@ -215,6 +216,7 @@ def write_report(folder: Path, rows: list[dict], about: dict, seed: int) -> dict
         "n_predictions": len(parts["ldae"]), "n_subjects": len({row["subject"] for row in rows}),
         "methods": {method: METHODS[method] for method in methods}, "definitions": evaluation.definitions(names),
         "overall": overall, "ldae_minus": paired_differences(scored, "ldae", names, seed),
+        "ldae_change_minus": paired_differences(scored, "ldae_change", names, seed),
         "grouped": {key: {method: grouped(part, key, names) for method, part in parts.items()} for key in GROUPINGS},
     }  # fmt: skip
     evaluation.write_text(folder / "interpolation_results.csv", evaluation.csv_bytes(rows))

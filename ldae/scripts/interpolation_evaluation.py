@@ -96,11 +96,15 @@ def predictions(options, ldae, codes: dict, decoded: dict, triple) -> dict:
     from ldae import generation, interpolation
 
     first, second, alpha = codes[triple.start], codes[triple.end], triple.alpha
-    model = generation.interpolate(ldae, first, second, [alpha], options.steps, noise_path=options.noise_path)
+    ends = [alpha, float(triple.nearest == triple.end)]
+    model = generation.interpolate(ldae, first, second, ends, options.steps, noise_path=options.noise_path)
+    (_, middle), (_, nearest) = model
     blend = interpolation.lerp(first.z_0, second.z_0, alpha)
+    copy = codes[triple.nearest].x[0, 0].numpy()
     return {
-        "ldae": next(model)[1],
-        "copy_nearest": codes[triple.nearest].x[0, 0].numpy(),
+        "ldae": middle,
+        "ldae_change": (copy + middle - nearest).clip(min=0),
+        "copy_nearest": copy,
         "voxel_blend": interpolation.lerp(first.x, second.x, alpha)[0, 0].numpy(),
         "latent_blend": next(generation.decompress(ldae, blend)),
         "aekl_nearest": decoded[triple.nearest],
@@ -140,7 +144,7 @@ def draw_example(options, ldae, volumes, table, triple) -> None:
     made = predictions(options, ldae, codes, decoded, triple)
     shown |= {interpolation.METHODS[method]: x for method, x in made.items()}
     title = f"{triple.subject}: month {triple.target} from {triple.start} and {triple.end}"
-    differences = [interpolation.METHODS[method] for method in ("ldae", "copy_nearest", "latent_blend")]
+    differences = [interpolation.METHODS[name] for name in ("ldae", "ldae_change", "copy_nearest", "latent_blend")]
     figures.montage(Path(options.output_dir) / "example.png", shown, window=(0, 1), difference_to=next(iter(shown)),
                     difference_of=differences, planes=("axial", "coronal"), title=title,
                     spacing_mm=[ldae.preparation.spacing_mm] * 3)  # fmt: skip

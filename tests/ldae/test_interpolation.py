@@ -157,7 +157,8 @@ def test_evaluation_against_the_scan_with_baselines(cohort, tmp_path):
                  "aekl_nearest": next(generation.decompress(ldae, z_a)),
                  "aekl_target": next(generation.decompress(ldae, z_t))}  # fmt: skip
     first, second = (generation.encode(ldae, torch.from_numpy(x)[None], 4) for x in (start, end))
-    expected["ldae"] = next(generation.interpolate(ldae, first, second, [0.5], 4))[1]
+    expected["ldae"], at_start = (x for _, x in generation.interpolate(ldae, first, second, [0.5, 0.0], 4))
+    expected["ldae_change"] = (start + expected["ldae"] - at_start).clip(min=0)
     for method, x in expected.items():
         assert float(by_method[method]["mse"]) == pytest.approx(float(((x - target) ** 2).mean()), rel=1e-4), method
         assert float(by_method[method]["ssim"]) == pytest.approx(metrics.ssim(x, target, data_range=1), abs=1e-5)
