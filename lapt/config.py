@@ -394,7 +394,7 @@ PRESETS = {
         "paper": {},
         "upstream": UPSTREAM | UPSTREAM_LAPT | dict(ema_decay=0.0),
         "small": SMALL | dict(lr=2e-5, batch_size=16),
-        "tiny": TINY | dict(batch_size=8, steps=250, lr=2e-4, ema_decay=0.98, val_every=5, sample_steps=20),
+        "tiny": TINY | dict(w_img=1.0, w_les=2.0, batch_size=8, steps=250, lr=2e-4, ema_decay=0.98, val_every=5, sample_steps=20),
     },
     "ldm3d": {
         "paper": {},

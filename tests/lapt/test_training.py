@@ -10,7 +10,7 @@ import torch
 
 from common import checkpoint, runtime
 from common.cli import UserError
-from lapt import ldm, segmentation
+from lapt import ldm, segmentation, vqgan
 from lapt.config import CONFIGS, PRESETS, merge
 from lapt.diffusion import fold, load_model
 from tests.helpers import ROOT, assert_same_tensors, two_ranks
@@ -179,6 +179,19 @@ def test_losses_fall_by_half(runs):
     for stage, name in (("vqgan", "rec"), ("ldm", "noise")):
         values = [row[name] for row in log_rows(runs, stage, "train")]
         assert values[-1] <= 0.5 * values[0], (stage, values[0], values[-1])
+
+
+def test_revived_codes_are_used(prepared, runs):
+    """training.revive_every: entries that no latent is nearest to move onto latents; those in use stay."""
+    config = options("vqgan", prepared, runs)
+    intensity = vqgan.Intensity.of_folder(prepared)
+    data, model = vqgan.open_slices(config, "train", intensity), vqgan.build_vqgan(config)
+    before = model.codebook.embedding.weight.clone()
+    used = vqgan.evaluate(model, data, list(range(len(data))), RT)[0]["codes_used"]
+    vqgan.revive_codes(model, data, 0, config, RT)
+    kept = (model.codebook.embedding.weight == before).all(1).float().mean()
+    assert 0 < kept <= used < 0.5
+    assert vqgan.evaluate(model, data, list(range(len(data))), RT)[0]["codes_used"] > 0.9
 
 
 def test_frozen_means_frozen(prepared, runs):

@@ -31,7 +31,7 @@ def test_it_runs_and_shows_what_it_says(tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other on a busy machine are slower than one
-    root = study.make(tmp_path / "study", aekl=150, prior=60, representation=60)
+    root = study.make(tmp_path / "study", subjects=30, aekl=150, prior=60, representation=60)
     monkeypatch.setenv("LDAE_ROOT", str(root))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
