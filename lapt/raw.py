@@ -28,6 +28,7 @@ SAME_MM = 0.1  # grids whose voxels lie closer are the same
 ADC_UNITS = ((1e2, 5e3, 1.0), (1e-1, 5.0, 1e3), (1e-4, 5e-3, 1e6))  # range of the brain's median; factor to 1e-6 mm^2/s
 REST_HU = (-20.0, 150.0)  # of the brain's median in the first frame
 COVERED = 0.5  # share of the brain that DWI and ADC must reach
+BONE_HU = 150.0  # thin bone of the temples is fainter in thick slices than bone elsewhere
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ def mask_from_ct(ctp: nifti.Volume, spacing_mm: np.ndarray) -> np.ndarray:
     disk = np.ones((2 * reach[0] + 1, 2 * reach[1] + 1), bool)
     inside = np.zeros(mean.shape, bool)
     for z in range(mean.shape[2]):
-        bone = np.pad(mean[..., z] > 200, [(r, r) for r in reach])
+        bone = np.pad(mean[..., z] > BONE_HU, [(r, r) for r in reach])
         closed = ndimage.binary_fill_holes(ndimage.binary_closing(bone, disk))
         inside[..., z] = (closed & ~bone)[reach[0] : -reach[0], reach[1] : -reach[1]]
     soft = inside & (mean > -10) & (mean < 120)

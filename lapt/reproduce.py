@@ -30,6 +30,10 @@ from lapt.config import CONFIGS, PRESETS
 HERE = Path(__file__).resolve().parent
 BRAIN_MARGIN = 0.02  # (b3) how much worse the whole brain may get, relative to continuation
 FLOOR_SHARE = 0.5  # (a2) of the LDM's lesion error
+CTP_WINDOW = (
+    10.0,
+    60.0,
+)  # HU; of the original's 0 to 200 brain tissue fills a fifth, too little for so short a training
 NOISE_ALONE = dict(w_img=0.0, w_les=0.0)
 ARMS = {  # of the slice LDM: what differs from the default objective
     "plain": NOISE_ALONE,
@@ -73,7 +77,7 @@ class Options(CommonOptions):
 
 PRESETS_HERE = {
     "phantom": {},
-    "smoke": dict(n_cases=84, vqgan_steps=1400, ldm_steps=1200, extra_steps=150, guide_steps=100, ldm3d_steps=60,
+    "smoke": dict(n_cases=84, vqgan_steps=1400, ldm_steps=1500, extra_steps=150, guide_steps=100, ldm3d_steps=60,
                   extra_steps_3d=30, seeds=(1, 2, 3), ablation_seeds=(1,), sample_steps=10),
 }  # fmt: skip
 
@@ -110,7 +114,7 @@ def make_cohort(options: Options) -> Path:
                    options.n_cases, "--seed", options.seed)  # fmt: skip
     if not (root / "statistics.json").is_file():
         run_script(options, "preprocessing.py", "--input_dir", root / "raw", "--output_dir", root, "--overwrite",
-                   "--val_size", 0.1, "--test_size", 0.25)  # fmt: skip
+                   "--val_size", 0.1, "--test_size", 0.25, "--ctp_window", *CTP_WINDOW)  # fmt: skip
     return root
 
 
@@ -143,8 +147,8 @@ def train_stages(options: Options, rt) -> None:
     """Autoencoder, LDM, guide and volume LDM, which all arms share: what is done is skipped."""
     from lapt import ldm, segmentation, vqgan
 
-    # Factor 2 in place of 4: at 6 mm, 4 x 4 pixels of two images hold more anatomy than three numbers can say. And no
-    # adversary, which would start late in a training of this length.
+    # Factor 2, not 4: at 6 mm, 4 x 4 pixels of two images hold more anatomy than a code can say. And no adversary,
+    # which would start late in a training of this length.
     vqgan.train(stage_config(options, "vqgan", steps=options.vqgan_steps, channel_mult=(1, 2), disc_weight=0.0,
                              l2_weight=10.0, lr=3e-3, revive_every=10), rt)  # fmt: skip
     ldm.train(stage_config(options, "ldm", steps=options.ldm_steps, select="last"), rt)

@@ -27,7 +27,7 @@ PAPER = Path(__file__).resolve().parents[1]
 NEEDED = "probes/diagnosis_AD_vs_CN.npz"  # what the last command leaves
 # Enough steps to see every part work, far from a good model.
 COMMANDS = """
-make_phantom.py --shape 24 32 24 --n_subjects 60 --sessions 0 12 24 --progression 2
+make_phantom.py --shape 24 32 24 --n_subjects {subjects} --sessions 0 12 24 --progression 2
 run_cli.py fit --config aekl --preset tiny --steps {aekl} --test_size 0.2 --val_every 8 --sample_every 0
 scripts/save_compressed_latent.py
 run_cli.py fit --config ldae_pretrain --preset tiny --steps {prior} --val_every 40 --sample_every 0
@@ -35,7 +35,7 @@ run_cli.py fit --config ldae_repr_learn --preset tiny --steps {representation} -
 scripts/save_semantic_latent.py --with_controls
 scripts/train_manipulation.py --preset tiny --targets diagnosis age
 """
-STEPS = {"aekl": 500, "prior": 800, "representation": 600}
+SIZES = {"subjects": 60, "aekl": 500, "prior": 800, "representation": 600}  # the last three in steps
 
 
 def run(script: str, *args, check: bool = True) -> str:
@@ -51,9 +51,9 @@ def run(script: str, *args, check: bool = True) -> str:
     return done.stdout.strip() + (f"\n{message}" if done.returncode else "")
 
 
-def make(root: Path, **steps: int) -> Path:
-    """A phantom study in `root` after all COMMANDS; steps: other numbers than STEPS."""
-    for line in COMMANDS.format(**(STEPS | steps)).strip().splitlines():
+def make(root: Path, **sizes: int) -> Path:
+    """A phantom study in `root` after all COMMANDS; sizes: other numbers than SIZES."""
+    for line in COMMANDS.format(**(SIZES | sizes)).strip().splitlines():
         script, *args = line.split()
         said = run(script, *args, "--out" if script == "make_phantom.py" else "--root", root)
         print(f"{script} {' '.join(args[:3])}: {(said.splitlines() or ['done'])[-1]}")

@@ -59,7 +59,7 @@ def read_tables(config: Config) -> dict[str, list[Row]]:
 
 
 def divides_all(config: Config) -> bool:
-    return bool(config.folds) and config.fold_pool == "all"
+    return config.leave_site_out or (bool(config.folds) and config.fold_pool == "all")
 
 
 def compose(tables: dict[str, list[Row]], twins: list[list[str]], config: Config, rt: runtime.Runtime) -> list[Fold]:
@@ -67,8 +67,8 @@ def compose(tables: dict[str, list[Row]], twins: list[list[str]], config: Config
     if divides_all(config):
         everyone = list({row.name: row for rows in tables.values() for row in rows}.values())
         if config.num_synth_samples:
-            raise UserError("--folds over all tables tests on subjects that the generator of the synthetic volumes was "
-                            "trained on: add --fold_pool held_out, or --num_synth_samples 0")  # fmt: skip
+            raise UserError("folds over all tables test on subjects that the generator of the synthetic volumes was "
+                            "trained on: --folds with --fold_pool held_out, or --num_synth_samples 0")  # fmt: skip
         parts = divide_all(joined(everyone, twins), config)
     else:
         tables = separate(tables, twins, config, rt)
@@ -141,13 +141,22 @@ def divide_all(rows: list[Row], config: Config) -> list[tuple[list[Row], list[Ro
     """True cross-validation: every row is tested once, by a network that saw none of its cluster."""
     # Deviation (original code): its "five folds" are one, or five test sets of one fixed training set.
     parts = []
-    for test in map(set, dataset.folds(rows, config.folds, config.split_seed)):
-        rest = [row for i, row in enumerate(rows) if i not in test]
+    for test in sites(rows) if config.leave_site_out else dataset.folds(rows, config.folds, config.split_seed):
+        held_out = {dataset.cluster_of(rows[i]) for i in test}  # someone scanned at two sites leaves training too
+        rest = [row for row in rows if dataset.cluster_of(row) not in held_out]
         rarest = min(Counter(dataset.clusters(rest)[1]).values())  # a small study cannot be cut as finely
         val = set(dataset.folds(rest, max(2, min(round(1 / config.fold_val), rarest)), config.split_seed)[0])
         train = [row for i, row in enumerate(rest) if i not in val]
         parts.append((train, [rest[i] for i in sorted(val)], [rows[i] for i in sorted(test)]))
     return parts
+
+
+def sites(rows: list[Row]) -> list[list[int]]:
+    """Row indices of each site, in the order of their names; UserError without at least two named sites."""
+    found = [row.covariates.get("site", "") for row in rows]
+    if "" in found or len(set(found)) < 2:
+        raise UserError("--leave_site_out: the tables need a column site, filled in every row, with at least two sites")
+    return [[i for i, site in enumerate(found) if site == name] for name in sorted(set(found))]
 
 
 def divide_held_out(train: list[Row], rows: list[Row], config: Config) -> list[tuple[list[Row], list[Row], list[Row]]]:

@@ -42,6 +42,7 @@ class Config(TrainOptions):
     duplicates: str = option("block", "near-identical volumes in two splits: stop, take them out of training, or keep them as published", choices=("block", "exclude", "keep"), group="data")
 
     folds: int = option(0, "k-fold cross-validation by subject over all tables; 0: the three tables as they are", group="folds")
+    leave_site_out: bool = option(False, "one fold per site over all tables: each is tested by a network that saw nothing of it; needs the column site", group="folds")
     fold_pool: str = option("all", "what the folds divide: all tables (a new training set each time), or held_out: the training table stays, folds divide the others", choices=("all", "held_out"), group="folds")
     fold_val: float = option(0.15, "--fold_pool all: share of a fold's other subjects kept for validation", group="folds")
     split_seed: int = option(7, "seed of the folds", group="folds")
@@ -90,6 +91,8 @@ class Config(TrainOptions):
         if self.folds < 0 or self.folds == 1 or not 0 < self.fold_val < 1:
             raise UserError(f"--folds {self.folds}, --fold_val {self.fold_val}: give 0 or at least 2 folds, and a share "
                             "between 0 and 1")  # fmt: skip
+        if self.leave_site_out and (self.folds or self.fold_pool != "all"):
+            raise UserError("--leave_site_out makes its own folds, over all tables: give neither --folds nor --fold_pool held_out")
         if min(self.lr_t0, self.lr_t_mult, self.eval_batch) < 1:
             raise UserError("--lr_t0, --lr_t_mult and --eval_batch start at 1")
         if self.weights and (self.model, self.width, self.depth) != ("2d", 1.0, 1.0):

@@ -30,13 +30,13 @@ PAPER = Path(__file__).resolve().parents[1]
 HIPPOCAMPI = {side: [LABELS[f"hippocampus_{side}"]] for side in ("left", "right")}  # codes in ROOT/data/regions
 # Enough steps to see every part work, far from a good model. Each stage with the file or folder that it leaves.
 STAGES = {
-    "data": ("data_csvs", ["make_phantom.py --shape 33 41 33 --n_train 60 --n_val 12 --n_test 24"]),
-    "vae": ("runs/vae/best_vae.pth", ["VAE/train.py --preset smoke --steps 500 --val_every 8 --sample_every 0"]),
+    "data": ("data_csvs", ["make_phantom.py --shape 33 41 33 --n_train 40 --n_val 10 --n_test 20"]),
+    "vae": ("runs/vae/best_vae.pth", ["VAE/train.py --preset smoke --steps 400 --val_every 10 --sample_every 0"]),
     "samples": (
         "synthetic_data/synthetic.json",
         [
             "VAE/save_latent.py",
-            "diffusion/train.py --preset smoke --steps 600 --val_every 50 --sample_every 0",
+            "diffusion/train.py --preset smoke --steps 450 --val_every 50 --sample_every 0",
             "diffusion/save_synth.py --preset smoke",
         ],
     ),

@@ -65,12 +65,15 @@ def test_real_lesions_are_hypoperfused_dark_in_adc_and_of_many_sizes(strokes):
     for case in cases:
         lesion, mask = case.volume("lesion") > 0, case.volume("mask") > 0
         ctp, adc = case.volume("ctp"), case.volume("adc")
-        delay = nifti.load(strokes / "maps" / case.name / "delay.nii.gz").data
-        rise = [np.ptp(ctp[:, part].mean(1)) for part in (lesion, mask & ~lesion & (delay < 2))]
-        assert rise[0] < 0.6 * rise[1], case.name
-        assert np.median(adc[lesion]) < 600 < np.median(adc[mask & ~lesion]), case.name
+        cbf, delay = (nifti.load(strokes / "maps" / case.name / f"{what}.nii.gz").data for what in ("cbf", "delay"))
+        parts = lesion, mask & ~lesion & (delay < 2)  # core, and what is neither core nor penumbra
+        flow = [cbf[part].mean() for part in parts]
+        assert flow[0] < 0.2 * flow[1] and np.median(adc[lesion]) < 600 < np.median(adc[parts[1]]), case.name
+        if case.lesion_ml > 10:  # enough voxels for the noise to average out
+            rise = [np.ptp(ctp[:, part].mean(1)) for part in parts]
+            assert rise[0] < 0.35 * rise[1], case.name
     volumes = [case.lesion_ml for case in cases]
-    assert min(volumes) < 5 and max(volumes) > 30  # from a voxel or a few to a territory
+    assert min(volumes) < 0.5 and max(volumes) > 100  # from one voxel to a territory
 
 
 def test_real_lesions_through_training_sampling_and_evaluation(strokes, tmp_path):
@@ -122,7 +125,7 @@ def test_real_dwi_and_adc_have_known_units(patient):
         assert case.shape[:2] == (112, 112) and len(case.slices) > 0
         mask, adc = case.volume("mask") > 0, case.volume("adc")
         assert 600 < np.median(adc[mask]) < 1300 and case.stats["adc"]["high"] > 2000  # tissue, and fluid
-    assert 1000 < sum(case.brain_ml for case in dataset.read_cases(patient / "data")) < 2000
+        assert 900 < case.brain_ml < 1600  # every second or fourth slice, all over the brain
 
 
 def test_autoencoder_of_real_dwi_and_adc_at_native_size(patient, capsys):

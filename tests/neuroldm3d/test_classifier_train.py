@@ -180,6 +180,39 @@ def test_folds_partition_the_pool_and_keep_groups_whole(study):
     assert [names(f.test) for f in compose(study, folds=3, split_seed=8)] != [names(f.test) for f in folds]
 
 
+def test_leave_site_out(study):
+    """Each site is tested by a network that saw neither it nor anybody who was also scanned there."""
+    seen = Counter()
+    for split in composition.SPLITS:  # two sites that share every group, and one person scanned at both
+        table = study / "data_csvs" / f"{split}.csv"
+        columns, rows = dataset.read_csv(table)
+        for row in rows:
+            group = row["HC_vs_LTLE_vs_RTLE_string"]
+            row["site"] = ("EAST", "WEST")[seen[group] % 2]
+            seen[group] += 1
+        if split == "train":
+            east, west = (next(row for row in rows if row["site"] == site) for site in ("EAST", "WEST"))
+            west["sbj_nme"] = east["sbj_nme"]
+        with open(table, "w", newline="") as file:
+            csv.DictWriter(file, columns).writerows([dict(zip(columns, columns, strict=True)), *rows])
+    folds = compose(study, leave_site_out=True)
+    assert [{row.covariates["site"] for row in fold.test} for fold in folds] == [{"EAST"}, {"WEST"}]
+    assert sum(len(fold.test) for fold in folds) == 24
+    for fold in folds:
+        others = fold.train + fold.val
+        assert not {row.covariates["site"] for row in fold.test} & {row.covariates["site"] for row in others}
+        assert not {row.subject for row in fold.test} & {row.subject for row in others}
+        assert len(others) + len(fold.test) == 23
+    for options, words in ((dict(folds=3), "makes its own folds"), (dict(num_synth_samples=2), "generator")):
+        with pytest.raises(UserError, match=words):
+            compose(study, leave_site_out=True, **options)
+    rows[0]["site"] = ""
+    with open(table, "w", newline="") as file:
+        csv.DictWriter(file, columns).writerows([dict(zip(columns, columns, strict=True)), *rows])
+    with pytest.raises(UserError, match="need a column site"):
+        compose(study, leave_site_out=True)
+
+
 def test_folds_report_a_spread(study):
     """Fact 33: mean, SD > 0 and interval over folds; the pooled predictions cover everyone."""
     call(study, "--folds", 2, "--max_steps", 8)
