@@ -319,7 +319,7 @@ PRESETS = {
         "small": SMALL | dict(channels=(32, 64, 64), disc_channels=32, accumulate=1),
         "tiny": TINY | dict(
             channels=(8, 16, 32), latent_channels=8, num_res_blocks=1, norm_groups=4, posterior_logvar=-6.0, disc_channels=8, disc_layers=2, perceptual_weight=0.0,
-            adv_start=1200, batch_size=2, steps=1600, lr=2e-3, lr_d=1e-3, ema_decay=0.99, channels_last=True, val_every=4, sample_every=8,
+            kl_weight=1e-9, adv_start=3500, batch_size=2, steps=4000, lr=3e-3, lr_d=1e-3, ema_decay=0.99, channels_last=True, val_every=4, sample_every=8,
         ),
     },
     "ldae_pretrain": {
@@ -327,8 +327,8 @@ PRESETS = {
         "upstream": UPSTREAM | UPSTREAM_DIFFUSION | dict(val_size=0.005, isotropic=False),
         "small": SMALL | dict(base_channels=64, prediction="v", batch_size=64, lr=1e-4),
         "tiny": TINY | dict(
-            latent_scale="voxel", prediction="v", base_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), dropout=0.0, batch_size=16,
-            steps=1500, lr=1e-3, ema_decay=0.99, val_every=10, sample_every=50, sample_steps=20,
+            latent_scale="voxel", prediction="v", base_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), dropout=0.0, batch_size=4,
+            steps=4000, lr=2e-3, ema_decay=0.99, val_every=10, sample_every=50, sample_steps=20,
         ),
     },
     "ldae_repr_learn": {
@@ -338,7 +338,7 @@ PRESETS = {
         # From scratch and in minutes: without these the encoder gives every scan the same code.
         "tiny": TINY | TINY_ENCODER | dict(
             standardise_codes=True, encoder_dropout=0.0, gamma=-0.5, lr_encoder=3e-4,
-            latent_scale="voxel", batch_size=8, steps=800, lr=1e-3, ema_decay=0.99, val_every=10, sample_every=50, sample_steps=20,
+            latent_scale="voxel", batch_size=4, steps=4000, lr=2e-3, ema_decay=0.99, val_every=10, sample_every=50, sample_steps=20,
         ),
     },
     "classification": {
