@@ -62,6 +62,19 @@ def test_normalise_by_hand():
     np.testing.assert_allclose(mri, [[-2.625, 0.5, 3], [450 / 350, -650 / 350, -950 / 350]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("normalisation", dataset.NORMALISATIONS)
+@pytest.mark.parametrize("number", [float, np.float64, np.array])
+def test_input_is_float32_at_any_numpy(normalisation, number):
+    """Fact 10: NumPy 1 promotes float64 arrays, NumPy 2 float64 scalars too; neither reaches a network."""
+    stats = {name: {key: number(value) for key, value in s.items()} for name, s in STATS.items()}
+    intensity = make(normalisation, "case", stats=stats, ctp_window=(number(0), number(200)))
+    dwi, adc, mask = (image.astype(np.float64) for image in images())
+    mri, ctp = intensity.normalise(dwi, adc, mask, stats), intensity.normalise_ctp(dwi[None], mask)
+    assert mri.dtype == ctp.dtype == np.float32
+    np.testing.assert_array_equal(mri, make(normalisation).normalise(*images()))
+    assert dataset._tensors({"mri": mri.astype(np.float64)}, intensity, lambda x, _: x)["mri"].dtype == torch.float32
+
+
 def test_ctp_window():
     """Fact 8: CTP in [-1, 1], background exactly -1; the window is a setting."""
     ctp, mask = np.array([[-900.0, 0, 50, 200, 1000, 50]]), np.array([1, 1, 1, 1, 1, 0])

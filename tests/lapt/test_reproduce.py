@@ -64,8 +64,14 @@ def test_contrast_is_paired_by_seed_and_leaves_patients_without_lesion_out():
 @pytest.mark.parametrize("lesion,dice,brain,passed", [(-1, 0.1, 0.01, (True, True, True)),
                                                       (1, -0.1, 0.03, (False, False, False))])  # fmt: skip
 def test_benefit_is_judged_by_the_sign_and_the_margin(lesion, dice, brain, passed):
-    plain = table(lesion_mae=[10, 10], dice=[0.5, 0.5], dice_guide=[0.5, 0.5], mae=[4, 4])
-    ours = table(lesion_mae=[10 + lesion] * 2, dice=[0.5 + dice] * 2, dice_guide=[0.5] * 2, mae=[4 * (1 + brain)] * 2)
+    plain = table(lesion_mae=[10, 10], dice=[0.5, 0.5], dice_guide=[0.5, 0.5], auc=[0.9, 0.9], mae=[4, 4])
+    ours = table(
+        lesion_mae=[10 + lesion] * 2,
+        dice=[0.5 + dice] * 2,
+        dice_guide=[0.5] * 2,
+        auc=[0.9] * 2,
+        mae=[4 * (1 + brain)] * 2,
+    )
     tables = {"ldm": plain} | {f"{arm}_{s}": x for s in (1, 2, 3) for arm, x in (("plain", plain), ("lapt", ours))}
     results = reproduce.claim_benefit(reproduce.Options(seeds=(1, 2, 3), ablation_seeds=(1,)), tables)
     assert tuple(row["passed"] for row in results.values()) == (*passed, None)

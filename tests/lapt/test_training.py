@@ -10,6 +10,7 @@ import torch
 
 from common import checkpoint, runtime
 from common.cli import UserError
+from common.lpips import LPIPS
 from lapt import ldm, segmentation, vqgan
 from lapt.config import CONFIGS, PRESETS, merge
 from lapt.diffusion import fold, load_model
@@ -156,6 +157,31 @@ def test_micro_batches_do_not_change_the_step(prepared, runs, tmp_path, stage):
     for row_a, row_b in zip(log_rows(tmp_path / "a", stage), log_rows(tmp_path / "b", stage), strict=True):
         for key in row_a.keys() - {"kind"}:
             assert row_b[key] == (row_a[key] and pytest.approx(row_a[key], rel=2e-3, abs=1e-4)), key
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "guide", "ldm", "lapt3d"])
+def test_bf16_trains_nearly_the_same_with_weights_in_float32(prepared, runs, whole, tmp_path, stage):
+    again(stage, prepared, runs, tmp_path, "--precision", "bf16", "--max_steps", 2)
+    half, full = (log_rows(folder, stage, "train")[0] for folder in (tmp_path, whole))
+    assert half["loss"] == pytest.approx(full["loss"], rel=0.1) and half["loss"] != full["loss"]
+    weights = checkpoint.load(last(tmp_path, stage))[NETWORK[stage]].values()
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in weights)
+
+
+def test_perceptual_term_of_two_channels_from_a_file(prepared, runs, tmp_path):
+    """DWI and ADC each go through the network by themselves; untrained weights stand for the pretrained ones."""
+    file = tmp_path / "vgg.pth"
+    torch.manual_seed(0)
+    torch.save(LPIPS("vgg").state_dict(), file)
+    how = ("--max_steps", 1, "training.log_every=1", "training.batch_size=2", f"paths.perceptual_weights=[{file}]")
+    for weight in (0, 10):
+        again("vqgan", prepared, runs, tmp_path / str(weight), *how, f"loss.perceptual_weight={weight}")
+    without, with_term = (log_rows(tmp_path / name, "vqgan", "train")[0] for name in ("0", "10"))
+    assert without["rec"] == with_term["rec"]
+    assert with_term["perceptual"] > 0
+    assert with_term["loss"] - without["loss"] == pytest.approx(10 * with_term["perceptual"], rel=1e-3)
+    a, b = (checkpoint.load(last(tmp_path / name, "vqgan"))["vqgan"] for name in ("0", "10"))
+    assert any(not torch.equal(a[name], b[name]) for name in a)
 
 
 # ---- what training must do ------------------------------------------------------------------------------------------
