@@ -377,7 +377,7 @@ def test_every_case_left_out_is_optional():
 def test_training_mode_comes_from_the_notes(tmp_path):
     """The discriminator's cases differ in nothing else."""
     found = case("disc_small_train")
-    found["notes"] = "Evaluation mode."
+    found["what"] = found["notes"] = "Evaluation mode."
     (tmp_path / "ldae").mkdir()
     (tmp_path / "ldae/disc.json").write_text(json.dumps(found))
     (tmp_path / "ldae/disc.npz").write_bytes((GOLDEN / "disc_small_train.npz").read_bytes())
