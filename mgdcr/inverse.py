@@ -1,0 +1,572 @@
+"""Inverse optimisation: the codes of a dense volume, fitted to the short-axis stack and to the long-axis views.
+
+One frame: encode the acquired slices, put codes between them (objective.seeds), then change all codes by Adam so that
+the decoded slices agree with both (objective.Objective); the network stays as it is. The images come last (`assemble`):
+what the optimisation changed is added to an interpolation of the acquired slices, what the views still miss is spread
+on top, and the acquired slices are put back.
+
+Memory: slices are decoded in chunks, of each of which only the states between diffusion steps are kept; the backward
+pass recomputes one step of one chunk at a time. The terms see the whole volume, so chunks need no halo and their size
+does not change the result.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import checkpoint, runtime
+from common.cli import UserError
+from mgdcr import baselines, diffusion, objective
+from mgdcr.objective import FrameData, Objective, Painted, View
+
+OPTIMISED = ("both", "z")
+SOLVERS = ("gradient", "alternating")
+BASES = ("auto", "nearest", "linear", "cubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the codes are optimised; `MODES` has the named ones."""
+
+    steps: int = 20  # of the diffusion, in both directions
+    iterations: int = 120
+    lr: float = 2e-3
+    lr_z: float = 0.0  # 0: lr
+    step_size: int = 50  # iterations between halvings of the learning rate
+    gamma: float = 0.5
+    projection: float = 1e-3  # pull towards the start codes after every update
+    patience: int = 5  # iterations without improvement before the end; 0: never
+    min_delta: float = 1e-5  # of total / N
+    optimise: str = "both"
+    grad_steps: int = 0  # gradient through the last so many diffusion steps only, of z alone; 0: all
+    clamp: str = "soft"
+    refine: int = 0  # fixed-point iterations per step of the inversion
+    chunk: int = 8  # slices at a time
+    schedule: str = "even"  # of the start codes
+    solver: str = "gradient"
+    inner: int = 10  # alternating: updates of the codes per solution of the images
+    image_iterations: int = 30  # alternating: updates of the images
+    image_lr: float = 2e-2
+    split: float = 1.0  # alternating: weight of the distance between images and decoded codes, doubled every time
+    output: str = "residual"  # or "decoded": the decoded slices themselves
+    base: str = (
+        "auto"  # interpolation under the residual; auto: linear or cubic, as predicts the acquired slices better
+    )
+    propagate: bool = True  # spread what the views still miss
+    hard: bool = True  # put the acquired slices back
+    save_every: int = 10
+
+    def __post_init__(self):
+        for name, known in (("optimise", OPTIMISED), ("solver", SOLVERS), ("base", BASES),
+                            ("output", ("residual", "decoded")), ("clamp", ("soft", "hard", "none"))):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} {getattr(self, name)!r}: choose {', '.join(known)}")
+        for name in ("steps", "chunk", "step_size", "inner", "image_iterations", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("iterations", "patience", "grad_steps", "refine", "lr_z"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} {getattr(self, name)}: must be 0 or more")
+        if self.steps > diffusion.T or self.lr <= 0 or not 0 <= self.projection < 1:
+            raise UserError(f"steps must be at most {diffusion.T}, lr positive, projection 0 or more and below 1")
+        if self.grad_steps and self.optimise != "z":
+            raise UserError("grad_steps cuts the gradient off from the noise codes: use it with optimise z")
+
+
+MODES = {
+    "fast": dict(steps=10, iterations=60, optimise="z", lr=1e-2, grad_steps=5),
+    "balanced": {},
+    "paper": dict(steps=30, iterations=200),
+}
+LEGACY_SETTINGS = dict(steps=30, iterations=200, clamp="hard", output="decoded", hard=False, propagate=False)
+LEGACY_LR = {"ex8_multi": 1e-3, "ex8_norm": 2e-3}
+
+
+def settings_of(values: dict) -> Settings:
+    """Settings from a dict that may hold more."""
+    return Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
+
+
+# ---- the prior ------------------------------------------------------------------------------------------------------
+
+
+class Prior:
+    """The frozen diffusion autoencoder between images (n, H, W) in [0, 1] and codes x (n, 1, H, W), z (n, C)."""
+
+    def __init__(self, model: nn.Module, settings: Settings, rt: runtime.Runtime | None = None):
+        self.model, self.settings = model, settings
+        self.rt = rt or runtime.Runtime(torch.device("cpu"))
+
+    def code(self, slices: Tensor) -> Tensor | None:
+        return self.model.encode(slices)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of images, float32 whatever the precision of the optimisation."""
+        xs, zs = [], []
+        for part in images.split(self.settings.chunk):
+            slices = (2 * part[:, None] - 1).float().to(self.rt.device)
+            z = self.code(slices)
+            xs.append(diffusion.invert(self.model, slices, z, self.settings.steps, refine=self.settings.refine))
+            zs.append(slices.new_zeros(len(slices), 0) if z is None else z)
+        return torch.cat(xs), torch.cat(zs)
+
+    def decode(self, x: Tensor, z: Tensor) -> Tensor:
+        """Images of codes, chunk by chunk, differentiable; a soft clamp lets them leave [0, 1] a little."""
+        s = self.settings
+        parts = []
+        for x_part, z_part in zip(x.split(s.chunk), z.split(s.chunk), strict=True):
+            with self.rt.autocast():
+                decoded = diffusion.decode(
+                    self.model, x_part, z_part if z.shape[1] else None, s.steps, s.clamp,
+                    checkpointing=torch.is_grad_enabled(), grad_steps=s.grad_steps or None,
+                )  # fmt: skip
+            parts.append((decoded[:, 0].float() + 1) / 2)
+        return torch.cat(parts)
+
+
+class UnconditionalPrior(Prior):
+    """The unconditional U-Net as a baseline: noise codes alone, z (n, 0)."""
+
+    def code(self, slices: Tensor) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the prior sees of the short-axis plane: `size` pixels square from (row, column), which may be negative."""
+
+    row: int
+    column: int
+    size: int
+
+    @classmethod
+    def middle(cls, shape: tuple[int, int], size: int) -> Window:
+        return cls((shape[0] - size) // 2, (shape[1] - size) // 2, size)
+
+    def _overlap(self, shape):
+        rows = max(self.row, 0), min(self.row + self.size, shape[0])
+        columns = max(self.column, 0), min(self.column + self.size, shape[1])
+        inside = np.s_[..., rows[0] : rows[1], columns[0] : columns[1]]
+        own = np.s_[..., rows[0] - self.row : rows[1] - self.row, columns[0] - self.column : columns[1] - self.column]
+        return inside, own
+
+    def cut(self, images: Tensor) -> Tensor:
+        """Images (..., H, W) as (..., size, size), 0 beyond the image."""
+        inside, own = self._overlap(images.shape[-2:])
+        out = images.new_zeros(*images.shape[:-2], self.size, self.size)
+        out[own] = images[inside]
+        return out
+
+    def paste(self, part: Tensor, around: Tensor) -> Tensor:
+        """`around` (..., H, W) with the window's images put in; differentiable in `part`."""
+        inside, own = self._overlap(around.shape[-2:])
+        out = around.clone()
+        out[inside] = part[own]
+        return out
+
+
+# ---- one frame ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Frame:
+    """Everything measured of one frame: `sax` (Z, H, W) in [0, 1], views in that scale up to contrast; pixel sizes."""
+
+    sax: np.ndarray
+    factor: int
+    spacing_mm: tuple[float, float]  # rows, columns
+    views: list[View] = field(default_factory=list)
+    window: Window | None = None
+
+    @property
+    def n_dense(self) -> int:
+        return self.factor * (len(self.sax) - 1) + 1
+
+
+@dataclass
+class Codes:
+    """The state of a reconstruction, (N, 1, H, W) and (N, C)."""
+
+    x: Tensor
+    z: Tensor
+
+
+@dataclass
+class Result:
+    """What `reconstruct` gives: `volume` is the answer, the rest tells how it came about; (N, H, W) in [0, 1]."""
+
+    volume: np.ndarray
+    decoded: np.ndarray
+    seed: np.ndarray
+    codes: Codes
+    seeds: Codes
+    report: dict
+    spread: np.ndarray | None = None
+
+
+class Problem:
+    """A frame together with the prior: start codes, their images, and the decoding onto the whole plane."""
+
+    def __init__(
+        self, prior: Prior, frame: Frame, goal: Objective, settings: Settings, seed_codes: Codes | None = None
+    ):
+        self.prior, self.frame, self.goal, self.settings = prior, frame, goal, settings
+        self.device = prior.rt.device
+        sax = torch.from_numpy(np.ascontiguousarray(frame.sax, dtype=np.float32)).to(self.device)
+        self.around = torch.from_numpy(interpolation(frame, settings.base)).to(self.device)
+        if seed_codes is None:
+            images = frame.window.cut(sax) if frame.window else sax
+            seed_codes = Codes(*objective.seeds(*prior.encode(images.clamp(0, 1)), frame.factor, settings.schedule))
+        self.seeds = seed_codes
+        views, painted = [view.to(self.device) for view in frame.views], None
+        if goal in objective.LEGACY.values():
+            painted = paint(views, self.around, match=goal.match == "none")
+        self.data = FrameData(sax.clamp(0, 1), frame.factor, seed_codes.x, seed_codes.z, views, painted)
+
+    def images(self, x: Tensor, z: Tensor) -> Tensor:
+        """Decoded volume (N, H, W), outside the prior's window the interpolation."""
+        decoded = self.prior.decode(x, z)
+        return self.frame.window.paste(decoded, self.around) if self.frame.window else decoded
+
+
+def interpolation(frame: Frame, base: str) -> np.ndarray:
+    kind = baselines.better_interpolation(frame.sax) if base == "auto" else base
+    return baselines.interpolate(frame.sax, frame.factor, kind)
+
+
+def paint(views: list[View], reference: Tensor, match: bool) -> Painted:
+    """Views painted into the voxels of the dense grid that their pixels fall into, as the published scripts expect.
+
+    match: bring them, inside the mask, to mean and SD of `reference` (N, H, W).
+    """
+    total, count = torch.zeros_like(reference).flatten(), torch.zeros_like(reference).flatten()
+    upper = torch.tensor(reference.shape, device=reference.device) - 1
+    for view in views:
+        used = view.weights > 0
+        place = view.sampler.coordinates[used].to(reference.device).round().long()
+        place = torch.minimum(place.clamp_min(0), upper)
+        index = (place[:, 0] * reference.shape[1] + place[:, 1]) * reference.shape[2] + place[:, 2]
+        values = view.values[used].to(reference.device)
+        total.index_add_(0, index, values)
+        count.index_add_(0, index, torch.ones_like(values))
+    mask = (count > 0).float().reshape(reference.shape)
+    values = (total / count.clamp_min(1)).reshape(reference.shape)
+    inside = mask > 0
+    if match and inside.sum() > 1:
+        there, here = values[inside], reference[inside]
+        matched = (values - there.mean()) / there.std(correction=0).clamp_min(1e-6) * here.std(
+            correction=0
+        ) + here.mean()
+        values = torch.where(inside, matched, values)
+    return Painted(values[:, None], mask[:, None])
+
+
+# ---- optimisation ---------------------------------------------------------------------------------------------------
+
+
+class Diverged(UserError):
+    """A term or gradient is not finite."""
+
+
+class Optimiser:
+    """Adam over the codes of a problem, with everything needed to continue after a stop."""
+
+    def __init__(self, problem: Problem, start: Codes):
+        self.problem, s = problem, problem.settings
+        self.x = start.x.detach().clone().requires_grad_(s.optimise == "both")
+        self.z = start.z.detach().clone().requires_grad_(True)
+        groups = [{"params": [self.z], "lr": s.lr_z or s.lr}]
+        if s.optimise == "both":
+            groups.append({"params": [self.x], "lr": s.lr})
+        self.adam = torch.optim.Adam(groups)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.adam, s.step_size, s.gamma)
+        self.iteration, self.best, self.stale = 0, math.inf, 0
+        self.target: Tensor | None = None  # images of the alternating solver
+
+    @property
+    def finished(self) -> bool:
+        s = self.problem.settings
+        return self.iteration >= s.iterations or bool(s.patience) and self.stale >= s.patience
+
+    def state_dict(self) -> dict:
+        return {"x": self.x.detach(), "z": self.z.detach(), "adam": self.adam.state_dict(),
+                "scheduler": plain(self.scheduler.state_dict()), "iteration": self.iteration, "best": self.best,
+                "stale": self.stale, "target": self.target}  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        with torch.no_grad():
+            self.x.copy_(state["x"])
+            self.z.copy_(state["z"])
+        self.adam.load_state_dict(state["adam"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.iteration, self.best, self.stale = state["iteration"], state["best"], state["stale"]
+        self.target = None if state["target"] is None else state["target"].to(self.x.device)
+
+    def step(self) -> dict[str, float]:
+        """One update; returns the un-weighted terms (sums over slices) and `total` before it. Diverged: not finite."""
+        p, s = self.problem, self.problem.settings
+        self.adam.zero_grad(set_to_none=True)
+        volume = p.images(self.x, self.z)
+        codes = p.goal.code_terms(self.x, self.z, p.data)
+        if s.solver == "alternating":
+            with torch.no_grad():
+                terms = p.goal.image_terms(volume, p.data) | codes
+            self._guard(terms, "term")
+            if self.iteration % s.inner == 0:
+                self.target = self._solve_images(volume.detach())
+            loss = self._weight * (volume - self.target).square().flatten(1).mean(1).sum() + p.goal.total(codes)
+        else:
+            terms = p.goal.image_terms(volume, p.data) | codes
+            self._guard(terms, "term")
+            loss = p.goal.total(terms)
+        loss.backward()
+        self._guard({name: v.grad.flatten(1).sum(1) for name, v in (("x", self.x), ("z", self.z)) if v.requires_grad},
+                    "gradient of")  # fmt: skip
+        self.adam.step()
+        self.scheduler.step()
+        with torch.no_grad():
+            for value, start in ((self.x, p.data.seed_x), (self.z, p.data.seed_z)):
+                if value.requires_grad:
+                    value.lerp_(start, s.projection)
+        self.iteration += 1
+        total = float(p.goal.total(terms).detach())
+        if total / len(self.x) < self.best - s.min_delta:
+            self.best, self.stale = total / len(self.x), 0
+        else:
+            self.stale += 1
+        return {name: float(value.detach().sum()) for name, value in terms.items()} | {"total": total}
+
+    @property
+    def _weight(self) -> float:
+        """Of the distance between images and decoded codes: doubled with every solution of the images."""
+        return self.problem.settings.split * 2.0 ** min(self.iteration // self.problem.settings.inner, 10)
+
+    def _solve_images(self, decoded: Tensor) -> Tensor:
+        """The volume that serves the measurements best without leaving the decoded one far: no network involved."""
+        p, s = self.problem, self.problem.settings
+        images = decoded.clone().requires_grad_(True)
+        adam = torch.optim.Adam([images], lr=s.image_lr)
+        for _ in range(s.image_iterations):
+            adam.zero_grad(set_to_none=True)
+            distance = (images - decoded).square().flatten(1).mean(1).sum()
+            (p.goal.total(p.goal.image_terms(images, p.data)) + self._weight * distance).backward()
+            adam.step()
+        return images.detach()
+
+    def _guard(self, values: dict[str, Tensor], what: str) -> None:
+        bad = objective.blame(values)
+        if bad:
+            raise Diverged(f"the optimisation is not finite at iteration {self.iteration + 1}: "
+                           f"{bad if what == 'term' else bad.replace('term', what)}")  # fmt: skip
+
+
+def plain(state: dict) -> dict:
+    """Only the plain values of a scheduler's state: checkpoints hold no functions."""
+    return {k: v for k, v in state.items() if isinstance(v, (int, float, str, bool, list, tuple)) or v is None}
+
+
+@dataclass
+class Files:
+    """Where the state of an optimisation lives; `identity` (plain values) must be the same to continue it."""
+
+    path: Path
+    identity: dict
+
+    def load(self, device: torch.device) -> dict | None:
+        """The saved state, None if there is none; UserError if it belongs to other data or settings."""
+        if not self.path.is_file():
+            return None
+        saved = checkpoint.load(self.path)
+        if not {"identity", "seed_x", "seed_z", "state"} <= saved.keys():
+            raise UserError(f"{self.path} holds no codes of this program: delete it")
+        if saved["identity"] != self.identity:
+            changed = sorted(k for k in {*saved["identity"], *self.identity}
+                             if saved["identity"].get(k) != self.identity.get(k))  # fmt: skip
+            raise UserError(f"{self.path} is of another {', '.join(changed)}: name another --out, or add --overwrite")
+        return saved
+
+    def save(self, seeds: Codes, optimiser: Optimiser) -> None:
+        checkpoint.save(self.path, {"identity": self.identity, "seed_x": seeds.x, "seed_z": seeds.z,
+                                    "state": optimiser.state_dict()})  # fmt: skip
+
+    def dump(self, optimiser: Optimiser) -> Path:
+        """The codes of a failed optimisation, beside those to continue from."""
+        path = self.path.with_name("failed_" + self.path.name)
+        checkpoint.save(path, {"identity": self.identity, "state": optimiser.state_dict()})
+        return path
+
+
+def optimise(problem: Problem, start: Codes, *, files: Files | None = None, saved: dict | None = None,
+             log=None, stop=None, on_iteration=None) -> Optimiser:  # fmt: skip
+    """Run the optimisation to its end, or continue it from `saved`.
+
+    log(iteration, values) gets every iteration; stop() asks whether to leave early, with the state saved;
+    on_iteration(optimiser) may draw. Diverged names slice and term, after the codes were written beside `files`.
+    """
+    optimiser = Optimiser(problem, start)
+    if saved is not None:
+        optimiser.load_state_dict(saved["state"])
+    while not optimiser.finished:
+        lr = optimiser.adam.param_groups[0]["lr"]
+        try:
+            values = optimiser.step()
+        except Diverged as error:
+            where = f"; codes are in {files.dump(optimiser)}" if files else ""
+            raise Diverged(f"{error}{where}; try a lower learning rate, or look for odd voxels there") from error
+        if log:
+            log(optimiser.iteration, values | {"lr": lr})
+        stopping = stop is not None and stop()
+        if files and (stopping or optimiser.finished or optimiser.iteration % problem.settings.save_every == 0):
+            files.save(problem.seeds, optimiser)
+        if on_iteration:
+            on_iteration(optimiser)
+        if stopping:
+            break
+    return optimiser
+
+
+# ---- from codes to images -------------------------------------------------------------------------------------------
+
+
+def assemble(frame: Frame, decoded: np.ndarray, seed: np.ndarray, settings: Settings) -> tuple[np.ndarray, dict]:
+    """The final volume (N, H, W) in [0, 1] from decoded and start images, and what was done.
+
+    "residual": interpolation + share * (decoded - start), with the share in [0, 1] that suits the views best (0 without
+    views: then nothing speaks for the change), + what the views still miss, spread over the slices. A weak prior can so
+    spoil nothing, and its reconstruction error cancels.
+    """
+    kind = baselines.better_interpolation(frame.sax) if settings.base == "auto" else settings.base
+    report = {"base": kind, "share": 1.0}
+    if settings.output == "decoded":
+        volume = decoded.astype(np.float32).copy()
+    else:
+        base = baselines.interpolate(frame.sax, frame.factor, kind)
+        change = (decoded - seed).astype(np.float32)
+        # What changed on acquired slices is known to be wrong, and so, between them, is its interpolation.
+        change -= baselines.interpolate(change[:: frame.factor], frame.factor, "linear")
+        report["share"] = share_of_change(base, change, frame)
+        volume = base + report["share"] * change
+        if settings.propagate and frame.views:
+            volume = baselines.lax_residual(volume, frame.views, frame.factor, frame.spacing_mm)
+    before = np.abs(volume[:: frame.factor] - frame.sax)
+    report["acquired_residual"] = {"mean": float(before.mean()), "max": float(before.max())}
+    if settings.hard:
+        volume[:: frame.factor] = frame.sax
+    return volume, report
+
+
+def share_of_change(base: np.ndarray, change: np.ndarray, frame: Frame) -> float:
+    """Least-squares factor in [0, 1] of `change` on `base`, by the pixels of all views; 0 without any."""
+    top = bottom = 0.0
+    dense, moved = torch.from_numpy(base), torch.from_numpy(change)
+    for view in frame.views:
+        gain, offset = baselines.view_contrast(dense, view, frame.factor)
+        missing = (view.values - offset) / gain - view.sampler.sample(dense)
+        effect = view.sampler.sample(moved)
+        top += float((view.weights * missing * effect).sum())
+        bottom += float((view.weights * effect.square()).sum())
+    return min(max(top / bottom, 0.0), 1.0) if bottom > 1e-12 else 0.0
+
+
+def perturbed(codes: Codes, factor: int, strength: float, generator: torch.Generator) -> Codes:
+    """Start codes moved at random, those of acquired slices excepted; the noise codes keep their norm."""
+    x, z = codes.x.clone(), codes.z.clone()
+    free = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    free[::factor] = False
+    noise_x = torch.randn(x.shape, generator=generator).to(x)
+    noise_z = torch.randn(z.shape, generator=generator).to(z)
+    x[free] = (math.sqrt(1 - strength**2) * x + strength * noise_x)[free]
+    z[free] = (z + strength * z.std(0, keepdim=True) * noise_z)[free]
+    return Codes(x, z)
+
+
+def reconstruct(prior: Prior, frame: Frame, goal: Objective, settings: Settings, *, files: Files | None = None,
+                warm: Codes | None = None, neighbours: tuple[np.ndarray, ...] = (), starts: int = 1,
+                strength: float = 0.2, seed: int = 0, log=None, stop=None, on_iteration=None) -> Result:  # fmt: skip
+    """Reconstruct one frame.
+
+    warm: displacement of the codes from their start codes in the frame before, to begin with. neighbours: decoded
+    volumes of the phases before and after, for the temporal term. starts > 1: as many optimisations from perturbed
+    start codes; the volume is their mean and `spread` their standard deviation.
+    """
+    saved = files.load(prior.rt.device) if files else None
+    known = Codes(saved["seed_x"].to(prior.rt.device), saved["seed_z"].to(prior.rt.device)) if saved else None
+    problem = Problem(prior, frame, goal, settings, known)
+    problem.data.neighbours = [torch.from_numpy(v).to(prior.rt.device) for v in neighbours]
+    begin = problem.seeds
+    if warm is not None:
+        begin = Codes(begin.x + warm.x.to(begin.x), begin.z + warm.z.to(begin.z))
+    with torch.no_grad():
+        seed_images = problem.images(problem.seeds.x, problem.seeds.z).cpu().numpy()
+
+    def run(start: Codes, **more) -> tuple[np.ndarray, np.ndarray, dict, Optimiser]:
+        optimiser = optimise(problem, start, stop=stop, **more)
+        with torch.no_grad():
+            decoded = problem.images(optimiser.x, optimiser.z).cpu().numpy()
+        volume, report = assemble(frame, decoded, seed_images, settings)
+        return volume, decoded, report, optimiser
+
+    volume, decoded, report, optimiser = run(begin, files=files, saved=saved, log=log, on_iteration=on_iteration)
+    volumes = [volume]
+    for k in range(1, starts):
+        generator = runtime.generator(seed, "start", k)
+        volumes.append(run(perturbed(begin, frame.factor, strength, generator))[0])
+    spread = None
+    if starts > 1:
+        volume = np.mean(volumes, 0, dtype=np.float64).astype(np.float32)
+        spread = np.std(volumes, 0, ddof=1, dtype=np.float64).astype(np.float32)
+    report |= {"iterations": optimiser.iteration, "stopped_early": optimiser.iteration < settings.iterations,
+               "total_per_slice": optimiser.best, "starts": starts}  # fmt: skip
+    codes = Codes(optimiser.x.detach(), optimiser.z.detach())
+    return Result(volume, decoded, seed_images, codes, problem.seeds, report, spread)
+
+
+def warm_start(result: Result, share: float = 1.0) -> Codes:
+    """What the optimisation changed of the codes, to begin the next phase with."""
+    return Codes(share * (result.codes.x - result.seeds.x), share * (result.codes.z - result.seeds.z))
+
+
+def neighbours_of(frame: int, n_frames: int) -> list[int]:
+    """The phases before and after, the cycle closed; one of two frames is both and counts once."""
+    return sorted({(frame - 1) % n_frames, (frame + 1) % n_frames} - {frame})
+
+
+def reconstruct_cine(prior: Prior, frames: list[Frame], goal: Objective, settings: Settings, *, sweeps: int = 2,
+                     files=None, log=None, stop=None, on_frame=None, starts: int = 1, strength: float = 0.2,
+                     seed: int = 0) -> list[Result]:  # fmt: skip
+    """All phases of a cycle: in a first sweep each begins where the one before ended; later ones see both neighbours.
+
+    With the temporal term at 0 one sweep is all. A sweep moves one phase at a time and holds the others; first and last
+    phase are neighbours. files(sweep, frame) -> Files, log(sweep, frame) -> what `optimise` wants,
+    on_frame(sweep, frame, result).
+    """
+    results: list[Result | None] = [None] * len(frames)
+    sweeps = sweeps if goal.temporal and len(frames) > 1 else 1
+    for sweep in range(sweeps):
+        for i, frame in enumerate(frames):
+            before = results[i] if sweep else results[i - 1] if i else None
+            near = [results[j] for j in neighbours_of(i, len(frames))] if goal.temporal else []
+            results[i] = reconstruct(
+                prior, frame, goal, settings, files=files(sweep, i) if files else None,
+                warm=warm_start(before) if before else None,
+                neighbours=tuple(r.decoded for r in near if r is not None),
+                log=log(sweep, i) if log else None, stop=stop, starts=starts if sweep == sweeps - 1 else 1,
+                strength=strength, seed=seed,
+            )  # fmt: skip
+            if on_frame:
+                on_frame(sweep, i, results[i])
+            if stop is not None and stop():
+                return [r for r in results if r is not None]
+    return results
+
+
+def identity_of(goal: Objective, settings: Settings, **more) -> dict:
+    """What must be the same for an optimisation to be continued; the intervals of saving may change."""
+    return {"objective": asdict(goal), "settings": asdict(replace(settings, save_every=1)), **more}

@@ -1,0 +1,166 @@
+"""Scores, clinical indices, leave-one-out, and the evaluation script."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common.cli import UserError
+from mgdcr import evaluate, geometry, indices, make_phantom, study
+from tests.helpers import run_main, run_script
+
+SCRIPT = "mgdcr/evaluate.py"
+
+
+def small_study(depth=5, frames=1):
+    rng = np.random.default_rng(0)
+    base = rng.random((frames, 1, 12, 12))
+    data = (base + 0.1 * np.arange(depth)[None, :, None, None]).astype(np.float32)
+    sax = geometry.Cine(data, geometry.Grid(np.diag([2.0, 2.0, 8.0, 1.0]), data.shape[1:]))
+    return study.prepare("small", sax, {}, factor=4, align=False)
+
+
+class TestIndices:
+    def test_volumes_mass_and_ef(self):
+        labels = np.zeros((2, 4, 10, 10), np.uint8)
+        labels[0, :, :5, :5], labels[1, :, :5, :2] = 1, 1
+        labels[0, :, 6:8, :5] = 2
+        found = indices.function(labels, (8, 2, 2))
+        assert found["edv_ml"] == pytest.approx(4 * 25 * 32 / 1000)
+        assert found["ef"] == pytest.approx(1 - 10 / 25) and (found["ed_frame"], found["es_frame"]) == (0, 1)
+        assert found["sv_ml"] == pytest.approx(found["edv_ml"] - found["esv_ml"])
+        assert found["mass_g"] == pytest.approx(1.05 * 4 * 10 * 32 / 1000)
+
+    def test_a19_phases_are_found_across_the_closed_cycle(self):
+        curve = 100 + 30 * np.cos(2 * np.pi * (np.arange(20) - 3) / 20)
+        assert indices.phases(curve) == (3, 13)
+        spike = curve.copy()
+        spike[8] = 131  # one bad frame is not end-diastole
+        assert indices.phases(spike)[0] == 3
+
+    def test_bland_altman(self):
+        found = indices.bland_altman([1, 2, 3], [0, 2, 4])
+        assert found["bias"] == 0 and found["sd"] == pytest.approx(1)
+        assert (found["low"], found["high"]) == pytest.approx((-1.96, 1.96))
+        with pytest.raises(ValueError, match="equally long"):
+            indices.bland_altman([1], [1, 2])
+
+    @pytest.mark.xfail(strict=True, reason="of the LV they reach Dice 0.926, interpolated outlines 0.929: open")
+    def test_a13_transported_labels_follow_moved_walls(self):
+        """A13: of the true volume they are better than interpolated outlines, and acquired slices keep theirs."""
+        factors = make_phantom.draw_factors(0, 1)
+        points = make_phantom.dense_points()
+        image = make_phantom.image(factors, 0.0, *points).astype(np.float32)
+        truth = make_phantom.labels(factors, 0.0, *points)
+        sparse = truth[::8]
+        moved = indices.transport_labels(image, image[::8], sparse, 8)
+        outlines = indices.interpolate_labels(sparse, 8)
+        np.testing.assert_array_equal(moved[::8], sparse)
+        for name in ("lv", "myo"):
+            key = f"dice_{name}"
+            ours, theirs = (evaluate.label_scores(v, truth, (1, 2, 2))[key] for v in (moved, outlines))
+            assert ours > theirs
+
+
+class TestScores:
+    def test_perfect_and_worse(self):
+        truth = np.random.default_rng(0).random((5, 16, 16))
+        mask, chosen = evaluate.region((16, 16), (2, 2), 10), evaluate.unobserved(5, 4)
+        perfect = evaluate.image_scores(truth, truth, mask, chosen)
+        assert perfect["psnr_db"] == 100 and perfect["ssim"] == pytest.approx(1) and perfect["nrmse"] == 0
+        shifted = evaluate.image_scores(np.clip(truth, 0, 0.9) + 0.1, np.clip(truth, 0, 0.9), mask, chosen)
+        assert shifted["psnr_db"] == pytest.approx(20, abs=1e-6)
+
+    def test_only_unobserved_slices_inside_the_region_count(self):
+        truth = np.zeros((5, 16, 16))
+        mask, chosen = evaluate.region((16, 16), (2, 2), 10), evaluate.unobserved(5, 4)
+        spoilt = truth.copy()
+        spoilt[[0, 4]], spoilt[:, 0, 0] = 1, 1
+        assert evaluate.image_scores(spoilt, truth, mask, chosen)["psnr_db"] == 100
+        assert chosen.tolist() == [False, True, True, True, False]
+
+    def test_roughness_and_a20_jitter(self):
+        ramp = np.arange(5.0)[:, None, None] * np.ones((1, 3, 3))
+        assert evaluate.roughness(ramp) == 0 and evaluate.roughness(ramp**2) == pytest.approx(2)
+        assert evaluate.jitter(np.ones((4, 2, 2, 2))) == 0
+        assert evaluate.jitter(np.array([0, 1, 0, 1.0])[:, None, None, None]) == 2
+
+    def test_plane_scores_ignore_contrast(self):
+        target = np.linspace(0, 1, 50)
+        found = evaluate.plane_scores((target - 0.05) / 1.25, target, np.ones(50))
+        assert found["psnr_db"] > 90 and found["ncc"] == pytest.approx(1)
+
+    def test_label_scores_in_mm(self):
+        a, b = np.zeros((4, 8, 8), int), np.zeros((4, 8, 8), int)
+        a[1:3, 2:5, 2:5], b[1:3, 2:5, 3:6] = 1, 1
+        found = evaluate.label_scores(a, b, (8, 2, 2))
+        assert found["dice_lv"] == pytest.approx(2 / 3) and found["hd95_mm_lv"] == pytest.approx(2)
+        assert found["dice_rv"] == 1
+
+
+class TestLeaveOut:
+    def test_slice_is_withheld_and_found_again(self):
+        whole = small_study()
+        sparse, place = evaluate.without_slice(whole, 1)
+        assert sparse.sax.grid.shape[0] == 3 and sparse.factor == 8 and place == 4
+        np.testing.assert_allclose(sparse.dense.affine, whole.dense.affine)
+        sparse, place = evaluate.without_slice(whole, 2)
+        world = sparse.dense.world([0, 0, place])
+        np.testing.assert_allclose(world, whole.sax.grid.world([0, 0, 2]), atol=1e-9)
+
+    def test_scores_of_a_linear_stack_are_perfect(self):
+        rows = evaluate.leave_slices_out(small_study(), 0, None, None, None, 0)
+        linear = [row for row in rows if row["method"] == "linear"]
+        assert {row["left_out"] for row in linear} == {"slice_1", "slice_2", "slice_3"}
+        assert all(row["psnr_db"] > 60 for row in linear)
+        nearest = [row["psnr_db"] for row in rows if row["method"] == "nearest"]
+        assert max(nearest) < 40
+
+    def test_two_slices_and_no_views_are_refused(self):
+        with pytest.raises(UserError, match="three or more"):
+            evaluate.leave_slices_out(small_study(depth=2), 0, None, None, None, 0)
+        with pytest.raises(UserError, match="no long-axis view"):
+            evaluate.leave_views_out(small_study(), 0, None, None, None)
+
+    def test_a18_other_views_help_on_the_withheld_plane(self):
+        from mgdcr.study import prepare
+
+        factors, pixel = make_phantom.draw_factors(0, 1), make_phantom.PIXEL_MM
+        dense = make_phantom.image(factors, 0.0, *make_phantom.dense_points()).astype(np.float32)
+        stack = np.ascontiguousarray(dense[None, ::8])
+        sax = geometry.Cine(stack, geometry.Grid(make_phantom.stack_affine(8.0), stack.shape[1:]))
+        views = {}
+        for name in make_phantom.VIEWS:
+            shape = make_phantom.lax_shape(pixel)
+            image = make_phantom.image(factors, 0.0, *make_phantom.lax_points(name, pixel)).astype(np.float32)
+            grid = geometry.Grid(make_phantom.lax_affine(name, pixel), (1, *shape))
+            views[name] = geometry.Cine(image.reshape(1, 1, *shape), grid)
+        rows = evaluate.leave_views_out(prepare("p", sax, views, factor=8, align=False), 0, None, None, None)
+        mean = {m: np.mean([r["psnr_db"] for r in rows if r["method"] == m]) for m in ("cubic", "lax_residual")}
+        assert len({r["left_out"] for r in rows}) == 3 and mean["lax_residual"] > mean["cubic"]
+
+
+@pytest.mark.slow
+def test_script_against_the_truth(tmp_path):
+    """Volumes that are the truth itself score so; CSV, JSON, no silent overwriting."""
+    run_main(make_phantom, "--out", tmp_path / "data", "--n_subjects", 1, "--frames", 2)
+    folder = tmp_path / "data" / "subject_001"
+    truth = geometry.load_cine(folder / "dense.nii.gz")
+    low, high = float(truth.data.min()), float(truth.data.max())
+    for frame in range(2):
+        place = tmp_path / "results" / "subject_001" / f"frame_{frame:03d}"
+        geometry.save(place / "volume.nii.gz", truth.data[frame], replace(truth.grid))
+        (place / "report.json").write_text(json.dumps({"scale": {"low": low, "high": high}}))
+    args = [SCRIPT, "--data", tmp_path / "data", "--results", tmp_path / "results", "--device", "cpu"]
+    done = run_script(args)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "results" / "evaluation"
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    assert {row["method"] for row in rows} == {"nearest", "linear", "cubic", "lanczos", "ours"}
+    assert all(float(row["psnr_db"]) > 90 for row in rows if row["method"] == "ours")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["agreement"]["ef"]["n"] == 1 and abs(summary["agreement"]["ef"]["bias"]) < 0.05
+    again = run_script(args)
+    assert again.returncode == 2 and "--overwrite" in again.stderr
