@@ -88,6 +88,27 @@ def load(path, *, trust_pickle=False):
     return state
 
 
+def load_renamed(model, state, names, known, assign=False):
+    """Load `state` under foreign names: names {our key: theirs}, `known`: all of their keys that may be there.
+
+    Strict: UserError names missing, unexpected and differently shaped entries. assign: take over the tensors instead of
+    copying them.
+    """
+    own = model.state_dict()
+    problems = [f"no {key}" for key in names.values() if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in known]
+    problems += [
+        f"{theirs} has shape {tuple(state[theirs].shape)}, expected {tuple(own[ours].shape)}"
+        for ours, theirs in names.items()
+        if theirs in state and state[theirs].shape != own[ours].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        listed = ", ".join(problems[:3]) + more
+        raise UserError(f"weights do not fit {type(model).__name__}: {listed}; check the model options")
+    model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()}, assign=assign)
+
+
 def load_weights(module, state_dict, path):
     """Strict `load_state_dict` with weights read from `path`; raises UserError if they are of another model."""
     try:

@@ -173,20 +173,9 @@ def load(model: nn.Module, state_dict: dict[str, Tensor], assign: bool = False) 
     Strict: UserError names missing, unexpected and differently shaped entries. Second names of shared tensors may be
     absent. assign: take over the tensors instead of copying them.
     """
-    state, own, names = rename_upsampling(state_dict, "generative"), model.state_dict(), key_map(model)
+    state, names = rename_upsampling(state_dict, "generative"), key_map(model)
     known = {*names.values(), *filter(None, map(_twin, names.values()))}
-    problems = [f"no {key}" for key in names.values() if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in known]
-    problems += [
-        f"{theirs} has shape {tuple(state[theirs].shape)}, expected {tuple(own[ours].shape)}"
-        for ours, theirs in names.items()
-        if theirs in state and state[theirs].shape != own[ours].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        listed = ", ".join(problems[:3]) + more
-        raise UserError(f"weights do not fit {type(model).__name__}: {listed}; check the model options")
-    model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()}, assign=assign)
+    common.checkpoint.load_renamed(model, state, names, known, assign)
     return model
 
 

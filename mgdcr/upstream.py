@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from common import schedulers
+from common import checkpoint, schedulers
 from common.blocks3d import sinusoidal_embedding
 from common.cli import UserError
 from common.ema import EMA
@@ -122,20 +122,9 @@ def load(model: nn.Module, state_dict: dict[str, Tensor], assign: bool = False) 
     if isinstance(model, LitModel):
         load(model.network, _below("ema_model.", state_dict), assign)
         return model
-    own, names = model.state_dict(), key_map(model)
+    names = key_map(model)
     known = _with_twins(dict.fromkeys(names.values()))
-    problems = [f"no {key}" for key in names.values() if key not in state_dict]
-    problems += [f"unexpected {key}" for key in state_dict if key not in known]
-    problems += [
-        f"{theirs} has shape {tuple(state_dict[theirs].shape)}, expected {tuple(own[ours].shape)}"
-        for ours, theirs in names.items()
-        if theirs in state_dict and state_dict[theirs].shape != own[ours].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        listed = ", ".join(problems[:3]) + more
-        raise UserError(f"weights do not fit {type(model).__name__}: {listed}; check the model options")
-    model.load_state_dict({ours: state_dict[theirs] for ours, theirs in names.items()}, assign=assign)
+    checkpoint.load_renamed(model, state_dict, names, known, assign)
     return model
 
 
