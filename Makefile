@@ -23,7 +23,7 @@ TORCH_CPU       := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 PY  := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install -qq --prefer-binary
+PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-compile --prefer-binary
 
 # The index is used only when it answers within three seconds, so that a machine without it does not wait for retries.
 ANSWERS := import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=3).close()

@@ -44,13 +44,13 @@ class Options(CommonOptions):
     n_ancestral: int = option(12, "test subjects for the comparison with 999-step ancestral sampling")
     leak: bool = option(True, "train the second cohort and run the leak test")
     samples: int = option(19, "samples per subject for the intervals; 80 % needs 9, 19, 29, ...")
-    interval_steps: int = option(20, "DPM-Solver++ steps of each of these samples")
+    claim_steps: int = option(20, "DPM-Solver++ steps of each sample of claims b and d")
 
 
 PRESETS = {
     "phantom": {},
     "smoke": dict(n_train=128, n_val=12, n_test=24, aae_steps=700, ldm_steps=950, n_ancestral=2, samples=9,
-                  interval_steps=8, leak=False),
+                  claim_steps=8, leak=False),
 }  # fmt: skip
 
 
@@ -179,7 +179,8 @@ def claim_guidance(study: Study, options: Options) -> dict:
     names = study.names[: max(6, options.n_ancestral)]
 
     def mean_suvr(label: int, scale: float) -> float:
-        return float(np.mean([study.suvrs(n, study.sample(n, label, 1, guidance=scale)) for n in names]))
+        settings = dict(guidance=scale, steps=options.claim_steps)
+        return float(np.mean([study.suvrs(n, study.sample(n, label, 1, **settings)) for n in names]))
 
     curves = {title: [mean_suvr(label, w) for w in SCALES] for title, label in (("NC", NC), ("AD", AD))}
     figures.curves(
@@ -281,7 +282,7 @@ def intervals(study: Study, names: list[str], options: Options):
     k, levels = options.samples, (options.samples + 1) // 2 - 1
     bounds, truths, inside = np.zeros((2, len(names), levels)), np.zeros(len(names)), np.zeros((len(names), levels))
     for i, name in enumerate(names):
-        samples, truth = study.sample(name, None, k, steps=options.interval_steps), study.pet.load(name)
+        samples, truth = study.sample(name, None, k, steps=options.claim_steps), study.pet.load(name)
         mask = amyloid.load_regions(study.config, name, truth.shape) > 0
         *suvrs, truths[i] = study.suvrs(name, [*samples, truth])
         suvrs.sort()
