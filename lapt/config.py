@@ -220,6 +220,7 @@ class LDMConfig(DiffusionConfig):
     schedule: str = option("scaled_linear", "noise schedule", choices=("scaled_linear", "linear", "cosine"), group="diffusion")
     beta_start: float = option(0.0015, "first beta", group="diffusion")
     beta_end: float = option(0.0195, "last beta", group="diffusion")
+    prediction: str = option("eps", "what the U-Net predicts: the noise, as published, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) z_0, whose estimate of z_0 is of use at every step after short trainings too", choices=("eps", "v"), group="diffusion")
     latent_scale: str = option("training", "scaling of latents: mean and SD per channel of the training set, or none as the original", choices=("training", "none"), group="diffusion")
     spacing: str = option("trailing", "steps that a short sampler visits; leading: the original's, one later", choices=("trailing", "leading", "linspace"), group="diffusion")
     final: str = option("clean", "where the last sampling step leads: to no noise, or to the noise of t = 0 as in the original", choices=("clean", "first"), group="diffusion")

@@ -128,7 +128,7 @@ class LatentModel(nn.Module):
             return self.conditioner(ctp).float()
 
     def denoiser(self, c: torch.Tensor) -> Callable:
-        """denoise(z_t, t) -> predicted noise, (N, C, x, y), for common.schedulers; t (N,)."""
+        """denoise(z_t, t) -> predicted noise or v, (N, C, x, y), for common.schedulers; t (N,)."""
 
         def denoise(z_t, t):
             with self.rt.autocast():
@@ -136,9 +136,13 @@ class LatentModel(nn.Module):
 
         return denoise
 
-    def predict_clean(self, z_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """One-step estimate of z_0: z_t / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) eps, not clamped."""
-        return schedulers.x0_from_eps(self.schedule, z_t, t, eps)
+    def predict_clean(self, z_t: torch.Tensor, t: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
+        """One-step estimate of z_0 from the U-Net's output, not clamped.
+
+        From noise: z_t / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) pred; from v: sqrt(alpha_bar) z_t -
+        sqrt(1 - alpha_bar) pred.
+        """
+        return schedulers.x0_from_output(self.schedule, z_t, t, pred)
 
     def timesteps(self, steps: int) -> list[int]:
         """The decreasing timesteps that a sampler of `steps` steps visits."""

@@ -69,7 +69,7 @@ GOLDEN = 0.6180339887498949  # multiples of it modulo 1 are spread evenly, howev
 
 
 class Denoiser(nn.Module):
-    """Conditioner and U-Net in one forward, as DistributedDataParallel needs it: ctp, z_t, t -> predicted noise."""
+    """Conditioner and U-Net in one forward, as DistributedDataParallel needs it: ctp, z_t, t -> noise or v."""
 
     def __init__(self, conditioner: nn.Module, unet: nn.Module):
         super().__init__()
@@ -79,18 +79,18 @@ class Denoiser(nn.Module):
         return self.unet(torch.cat([z_t, self.conditioner(ctp)], 1), t)
 
 
-def noise_loss(eps_pred: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the predicted noise; a scalar."""
-    return (eps_pred.float() - noise).square().mean()
+def noise_loss(model: LatentModel, pred: torch.Tensor, z_0, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the predicted noise, or of v where the model predicts that; a scalar."""
+    return (pred.float() - schedulers.training_target(model.schedule, z_0, t, noise)).square().mean()
 
 
 def pixel_terms(
-    model: LatentModel, z_t, z_0, eps_pred, t: torch.Tensor, item: dict, starts: list[int], config: LAPTConfig,
+    model: LatentModel, z_t, z_0, pred, t: torch.Tensor, item: dict, starts: list[int], config: LAPTConfig,
     table: torch.Tensor, guide: segmentation.TrainedGuide | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """What post-training adds: "image", "lesion" and with a guide "guide"; scalars.
 
-    Slices z_t, z_0, eps_pred (B·S, C, x, y) of B items of S slices (2D: S = 1); t (B,) on the CPU; item: mri, mask and
+    Slices z_t, z_0, pred (B·S, C, x, y) of B items of S slices (2D: S = 1); t (B,) on the CPU; item: mri, mask and
     lesion (B, ., X, Y[, Z]); starts: first decoded slice of each item; table (T,) on the CPU: weight of the terms at
     each timestep. Only items of positive weight are decoded.
     """
@@ -104,7 +104,7 @@ def pixel_terms(
     take = (first[:, None] + torch.arange(window)).flatten().to(z_t.device, non_blocking=True)
     t_taken = t[rows].repeat_interleave(window).to(z_t.device, non_blocking=True)
 
-    z_pred = model.predict_clean(z_t[take], t_taken, eps_pred[take].float())
+    z_pred = model.predict_clean(z_t[take], t_taken, pred[take].float())
     x_hat = remember(config)(model.decode, z_pred)
     if config.target == "real":
         x = fold(item["mri"])[take]
@@ -161,11 +161,11 @@ def training_losses(
     t_slices = t.repeat_interleave(slices).to(noise.device, non_blocking=True)  # one timestep for a whole volume
     z_t = schedulers.q_sample(model.schedule, z_0, t_slices, noise)
     with model.rt.autocast():
-        eps_pred = denoiser(fold(item["ctp"]), z_t, t_slices)
-    terms = {"noise": noise_loss(eps_pred, noise)}
+        pred = denoiser(fold(item["ctp"]), z_t, t_slices)
+    terms = {"noise": noise_loss(model, pred, z_0, t_slices, noise)}
     loss = terms["noise"]
     if table is not None:
-        terms |= pixel_terms(model, z_t, z_0, eps_pred, t, item, starts, config, table, guide)
+        terms |= pixel_terms(model, z_t, z_0, pred, t, item, starts, config, table, guide)
         weights = {"image": config.w_img, "lesion": config.w_les, "guide": getattr(config, "w_seg", 0.0)}
         loss = loss + sum(weight * terms[name] for name, weight in weights.items() if name in terms)
     return {"loss": loss} | terms
@@ -391,7 +391,7 @@ def model_settings(config: LDMConfig, autoencoder: dict, time_points: int) -> di
         "conditioner": {"in_channels": time_points, "out_channels": time_points, "stages": stages},
         "unet": unet | {name: getattr(config, name) for name in names},
         "schedule": {"kind": config.schedule, "T": config.timesteps, "beta_start": config.beta_start,
-                     "beta_end": config.beta_end},
+                     "beta_end": config.beta_end, "prediction": config.prediction},
         "sampling": {"spacing": config.spacing, "offset": int(config.spacing == "leading"), "final": config.final},
     }  # fmt: skip
     return volume_settings(config, settings) if config.volumes else settings
@@ -570,9 +570,9 @@ def validate(model: LatentModel, data, indices: list[int], config: DiffusionConf
             noise = held_out_noise(config, item, z_0.shape, key, rt)
             t = torch.full((len(z_0),), time, device=rt.device)
             z_t = schedulers.q_sample(model.schedule, z_0, t, noise)
-            eps_pred = denoise(z_t, t)
-            x_hat = model.decode(model.predict_clean(z_t, t, eps_pred))
-            values = (noise_loss(eps_pred, noise), *image_errors(model, x_hat, x, mask, lesion))
+            pred = denoise(z_t, t)
+            x_hat = model.decode(model.predict_clean(z_t, t, pred))
+            values = (noise_loss(model, pred, z_0, t, noise), *image_errors(model, x_hat, x, mask, lesion))
             found.append((number, key, *(float(value) for value in values)))
     rows = sorted(row for part in rt.gather(found) for row in part)
     scores = {name: mean_or_none([row[i] for row in rows]) for i, name in enumerate(("loss", "brain", "lesion"), 2)}

@@ -12,6 +12,7 @@ from common import nifti, runtime, schedulers
 from common.cli import UserError
 from lapt import diffusion, inference, sample
 from lapt.inference import Settings, Study
+from lapt.ldm import noise_loss
 from tests.helpers import kill_and_resume, run_script, two_ranks
 from tests.lapt.untrained import RT, STATS, untrained_model
 
@@ -88,13 +89,17 @@ def contents(folder):
 # ---- the sampler's mathematics --------------------------------------------------------------------------------------
 
 
-def test_one_step_estimate_with_the_true_noise_is_the_clean_latent(model):
-    """Fact 6."""
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_one_step_estimate_with_the_true_noise_is_the_clean_latent(prediction):
+    """Fact 6, and the same where v is predicted; that output has no loss."""
+    model = untrained_model(prediction=prediction)
     g = torch.Generator().manual_seed(0)
     z_0, eps = (torch.randn(9, 3, 5, 6, generator=g) for _ in range(2))
     t = torch.arange(9) * 112
     z_t = schedulers.q_sample(model.schedule, z_0, t, eps)
-    assert (model.predict_clean(z_t, t, eps) - z_0).abs().max() <= 1e-4
+    output = eps if prediction == "eps" else schedulers.v_from_eps(model.schedule, z_t, t, eps)
+    assert (model.predict_clean(z_t, t, output) - z_0).abs().max() <= 1e-4
+    assert noise_loss(model, output, z_0, t, eps) <= 1e-8 < noise_loss(model, output + 1, z_0, t, eps)
 
 
 def test_default_steps_start_at_pure_noise_and_the_originals_do_not(model):

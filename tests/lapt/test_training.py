@@ -362,6 +362,18 @@ def test_latents_have_unit_scale_and_are_cached_without_augmentation(prepared, r
     assert upstream.latent_std.tolist() == [1.0] * 3 and upstream.latent_mean.tolist() == [0.0] * 3
 
 
+def test_a_model_of_v_is_trained_sampled_and_followed(prepared, runs, tmp_path):
+    """diffusion.prediction=v is written into the run, and the stages after it go on from there."""
+    for stage, more in (("ldm", ["diffusion.prediction=v"]), ("lapt", [f"paths.ldm={tmp_path / 'ldm'}"])):
+        again(stage, prepared, runs, tmp_path, "--max_steps", 1, *more)
+        model = load_model(tmp_path / stage, RT)
+        assert model.schedule.prediction == "v"
+    c, z_T = torch.zeros(1, model.time_points, 8, 8), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():  # one step of DDIM from the last timestep is the one-step estimate
+        v, last = model.denoiser(c)(z_T, torch.tensor([999])), model.schedule.alphas_bar[999]
+    assert torch.allclose(model.sample(c, z_T, 1), (last.sqrt() * z_T - (1 - last).sqrt() * v).float(), atol=1e-5)
+
+
 def test_validation_is_the_same_every_time(prepared, runs):
     """A fixed table of timesteps and noise over the whole schedule; the lesion-aware score is brain plus lesion."""
     config = options("lapt", prepared, runs)

@@ -10,7 +10,7 @@ STATS = {"dwi": {"low": 100.0, "high": 900.0, "mean": 400.0, "sd": 150.0},
          "adc": {"low": 300.0, "high": 2300.0, "mean": 900.0, "sd": 300.0}}  # fmt: skip
 
 
-def untrained_model(*, slices=0, time_points=4, seed=0, intensity=None, **sampling):
+def untrained_model(*, slices=0, time_points=4, seed=0, intensity=None, prediction="eps", **sampling):
     """A model of slices (0) or stacks, whose zero-initialised layers are filled, so that all of its inputs matter."""
     autoencoder = {"in_channels": 2, "out_channels": 2, "channels": 8, "channel_mult": (1, 2, 2), "num_res_blocks": 1,
                    "z_channels": 3, "embed_dim": 3, "n_embed": 64, "norm_groups": 4}  # fmt: skip
@@ -20,7 +20,8 @@ def untrained_model(*, slices=0, time_points=4, seed=0, intensity=None, **sampli
     settings = {
         "stage": "lapt3d" if slices else "lapt", "slices": slices, "autoencoder": autoencoder, "unet": unet,
         "conditioner": {"in_channels": time_points, "out_channels": time_points, "stages": 2},
-        "schedule": {"kind": "scaled_linear", "T": 1000, "beta_start": 0.0015, "beta_end": 0.0195, "prediction": "eps"},
+        "schedule": {"kind": "scaled_linear", "T": 1000, "beta_start": 0.0015, "beta_end": 0.0195,
+                     "prediction": prediction},
         "sampling": {"spacing": "trailing", "offset": 0, "final": "clean"} | sampling,
     }  # fmt: skip
     torch.manual_seed(seed)
