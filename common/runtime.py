@@ -7,6 +7,7 @@ import importlib
 import inspect
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -313,16 +314,19 @@ def micro_batches(n, *tensors):
     return zip(*([None] * n if x is None else x.chunk(n) for x in tensors), strict=True)
 
 
-def update_weights(scaler, clip_grad, *pairs):
-    """One step of each (optimizer, network) that got gradients; `clip_grad`: largest gradient norm, 0 does not clip."""
-    for optimizer, network in pairs:
-        if all(p.grad is None for p in network.parameters()):
-            continue
-        if clip_grad:
+def update_weights(scaler, clip_grad, **pairs):
+    """One step of each name=(optimizer, network) that got gradients; their unscaled norms before clipping, by name.
+
+    clip_grad: largest gradient norm, 0 does not clip.
+    """
+    norms = {}
+    for name, (optimizer, network) in pairs.items():
+        if any(p.grad is not None for p in network.parameters()):
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(network.parameters(), clip_grad)
-        scaler.step(optimizer)
+            norms[name] = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_grad or math.inf)
+            scaler.step(optimizer)
     scaler.update()
+    return norms
 
 
 class SavedBytes:

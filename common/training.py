@@ -29,7 +29,10 @@ def check_options(config, rt: runtime.Runtime, batch_option: str = "batch_size",
 
 
 def recorded(config) -> dict:
-    """All options for config.json; paths below --root are written relative to it, others without their folders."""
+    """All options for config.json, and the stage of configs that have one, from which a run can be started again.
+
+    Paths below --root are written relative to it, others without their folders.
+    """
     root = Path(config.root).resolve()
 
     def plain(value):
@@ -40,7 +43,8 @@ def recorded(config) -> dict:
         path = Path(value).resolve()
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
-    return {name: plain(value) for name, value in to_dict(config).items()}
+    stage = {"stage": config.stage} if hasattr(config, "stage") else {}
+    return stage | {name: plain(value) for name, value in to_dict(config).items()}
 
 
 def claim_run(best_path: Path, last_path: Path, config, rt: runtime.Runtime, more: str = "") -> None:
@@ -97,6 +101,11 @@ def falling_cosine(step: int, lr: float, total: int) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
 
 
+def learning_rate_factor(config, step: int, total: int) -> float:
+    """What --lr_schedule multiplies the learning rate with at a step."""
+    return falling_cosine(step, 1.0, total) if config.lr_schedule == "cosine" else 1.0
+
+
 def set_learning_rate(lr: float, *optimizers: torch.optim.Optimizer) -> float:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -111,6 +120,17 @@ def mean_losses(what: str, means: Means, step: int, rt: runtime.Runtime) -> dict
         raise UserError(f"{what} diverged at step {step}: {values}; try a lower learning rate or gradient "
                         "clipping, with --restart")  # fmt: skip
     return values
+
+
+class RealAndFake(nn.Module):
+    """Both discriminator passes of a step in one forward, as DistributedDataParallel needs it."""
+
+    def __init__(self, discriminator: nn.Module):
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, x: torch.Tensor, x_hat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.discriminator(x), self.discriminator(x_hat)
 
 
 # ---- network files --------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from common import checkpoint, figures, metrics, nifti, runtime, training
 from common.cli import UserError, frozen, to_dict
@@ -27,17 +26,6 @@ COMPRESSION = 4
 ARCHITECTURE = ("latent_dim", "aae_channels", "aae_groups", "kl_weight")  # what rebuilds the network of a checkpoint
 INTERVALS = ("aae_val_every", "ldm_val_every")
 LOG_COLUMNS = dict.fromkeys(("loss_rec", "loss_adv", "loss_disc"))  # in this order; None before --disc_start
-
-
-class RealAndFake(nn.Module):
-    """Both discriminator passes of a step in one forward, real first, as DistributedDataParallel needs it."""
-
-    def __init__(self, discriminator: nn.Module):
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, x: torch.Tensor, x_hat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.discriminator(x), self.discriminator(x_hat)
 
 
 def aae_step(
@@ -128,7 +116,7 @@ def train_aae(config: Config, rt: runtime.Runtime) -> None:
             save_autoencoder(best_path, autoencoder, config, step, scores, shape)
 
     # ---- loop
-    model, pair = runtime.wrap_ddp(autoencoder, rt), runtime.wrap_ddp(RealAndFake(discriminator), rt)
+    model, pair = runtime.wrap_ddp(autoencoder, rt), runtime.wrap_ddp(training.RealAndFake(discriminator), rt)
     volumes = dataset.PetDataset(pet, train, config)
     batches = runtime.training_batches(volumes, config.batch_size, step, config.seed, rt, config.num_workers)
     fingerprint = {"train": train, "validation": validation, "shape": list(shape)}
@@ -149,7 +137,8 @@ def train_aae(config: Config, rt: runtime.Runtime) -> None:
                 losses = aae_step(model, pair, x, config, adversarial=step >= config.disc_start, noise=noise,
                                   scale=scaler.get_scale() / config.accumulate, autocast=rt.autocast)  # fmt: skip
                 means.add(losses)
-            runtime.update_weights(scaler, config.clip_grad, (optimizer, autoencoder), (optimizer_disc, discriminator))
+            pairs = {"autoencoder": (optimizer, autoencoder), "discriminator": (optimizer_disc, discriminator)}
+            runtime.update_weights(scaler, config.clip_grad, **pairs)
             step += 1
             bar.update()
 

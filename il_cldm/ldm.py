@@ -161,7 +161,7 @@ def train_ldm(config: Config, rt: runtime.Runtime) -> None:
                     loss = ldm_loss(model, schedule, z_0, x, label, t, eps)
                 scaler.scale(loss / config.accumulate).backward()
                 means.add({"loss": loss})
-            runtime.update_weights(scaler, config.clip_grad, (optimizer, denoiser))
+            runtime.update_weights(scaler, config.clip_grad, denoiser=(optimizer, denoiser))
             ema.update(denoiser)
             step += 1
             bar.update()

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint, metrics, schedulers
+from common import checkpoint, metrics, schedulers, training
 from common.blocks3d import SelfAttention3d, match_size
 from common.cli import UserError
 from common.ema import EMA
@@ -563,7 +563,7 @@ def _train_autoencoder(models: dict, inputs: dict) -> dict:
     config, logits = SimpleNamespace(Lambda=LAMBDA, kl_weight=0.0), []
 
     def real_and_fake(x, x_hat):
-        logits[:] = aae.RealAndFake(discriminator)(x, x_hat)
+        logits[:] = training.RealAndFake(discriminator)(x, x_hat)
         return logits
 
     def gradients_of_step(x):

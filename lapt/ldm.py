@@ -48,16 +48,13 @@ from lapt.unet import UNet, inflate, is_between_slices
 from lapt.vqgan import (
     check_finite,
     checked,
-    learning_rate_factor,
     load_vqgan,
     masked_l1,
     mean_or_none,
     open_log,
     rate,
-    recorded,
     slice_size,
     spread,
-    update_weights,
     vqgan_settings,
     with_lesion,
 )
@@ -276,7 +273,7 @@ def train(config: DiffusionConfig, rt: runtime.Runtime) -> None:
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            lr = config.learning_rate * learning_rate_factor(config, step, total)
+            lr = config.learning_rate * training.learning_rate_factor(config, step, total)
             training.set_learning_rate(lr, optimizer)
             batch = {name: x for name, x in next(batches).items() if name in ("mri", "ctp", "mask", "lesion", "z")}
             drawn = draw(config, model.schedule.T, step, shape, rt)
@@ -286,7 +283,7 @@ def train(config: DiffusionConfig, rt: runtime.Runtime) -> None:
                 terms = training_losses(network, model, item, t, noise, u, config, table, guide)
                 scaler.scale(terms["loss"] / config.accumulate).backward()
                 means.add(terms)
-            means.add(update_weights(scaler, config.grad_clip, grad_norm=(optimizer, learned)))
+            means.add(runtime.update_weights(scaler, config.grad_clip, grad_norm=(optimizer, learned)))
             if ema:
                 ema.update(learned)
             step += 1
@@ -705,7 +702,7 @@ def dry_run(config: DiffusionConfig, rt: runtime.Runtime) -> None:
     """Print the resolved options, parameter counts, shapes and an estimate of training memory; write nothing."""
     training.check_options(config, rt)
     settings = assumed_settings(config)
-    rt.print(json.dumps(recorded(config), indent=2))
+    rt.print(json.dumps(training.recorded(config), indent=2))
     levels = len(settings["autoencoder"]["channel_mult"]) + len(settings["unet"]["channel_mult"]) - 2
     size = config.size if config.volumes else slice_size(config, 2**levels)
     print_memory(config, settings, size, rt)

@@ -28,13 +28,10 @@ from lapt.vqgan import (
     check_finite,
     checked,
     claim_report,
-    learning_rate_factor,
     mean_or_none,
     open_log,
     rate,
-    recorded,
     spread,
-    update_weights,
     with_lesion,
 )
 
@@ -117,7 +114,7 @@ def train(config: GuideConfig, rt: runtime.Runtime) -> None:
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            lr = config.learning_rate * learning_rate_factor(config, step, total)
+            lr = config.learning_rate * training.learning_rate_factor(config, step, total)
             training.set_learning_rate(lr, optimizer)
             batch = next(batches)
             x_batch, lesion_batch = (batch[name].to(rt.device, non_blocking=True) for name in ("mri", "lesion"))
@@ -128,7 +125,7 @@ def train(config: GuideConfig, rt: runtime.Runtime) -> None:
                 loss = objective(logits.float(), lesion, config)
                 scaler.scale(loss / config.accumulate).backward()
                 means.add({"loss": loss})
-            means.add(update_weights(scaler, config.grad_clip, grad_norm=(optimizer, guide)))
+            means.add(runtime.update_weights(scaler, config.grad_clip, grad_norm=(optimizer, guide)))
             if ema:
                 ema.update(guide)
             step += 1
@@ -282,7 +279,7 @@ def test(config: GuideConfig, rt: runtime.Runtime) -> None:
     if rt.is_main:
         about = {"stage": config.stage, "model": trained.hash, "split": trained.intensity.split_hash, "n": len(each),
                  "threshold": config.threshold, "normalisation": trained.intensity.to_dict()}  # fmt: skip
-        write_json(path, about | {"scores": scores, "each": each, "options": recorded(config)})
+        write_json(path, about | {"scores": scores, "each": each, "options": training.recorded(config)})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if value is not None)
         rt.print(f"guide on {len(each)} test cases: {shown} ({path})")
 
@@ -303,5 +300,5 @@ def print_memory(config: GuideConfig, rt: runtime.Runtime) -> None:
 def dry_run(config: GuideConfig, rt: runtime.Runtime) -> None:
     """Print the resolved options, parameter count, shapes and an estimate of training memory; write nothing."""
     training.check_options(config, rt)
-    rt.print(json.dumps(recorded(config), indent=2))
+    rt.print(json.dumps(training.recorded(config), indent=2))
     print_memory(config, rt)

@@ -41,17 +41,6 @@ REVIVAL_SLICES = 32
 LOG_COLUMNS = ("loss", "rec", "l2", "codebook", "adversarial", "d_weight", "discriminator", "perceptual")
 
 
-class RealAndFake(nn.Module):
-    """Both discriminator passes of a step in one forward, as DistributedDataParallel needs it."""
-
-    def __init__(self, discriminator: nn.Module):
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, x: torch.Tensor, x_hat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.discriminator(x), self.discriminator(x_hat)
-
-
 def vqgan_step(
     model, real_and_fake, x, config, *, lpips=None, scale=1.0, autocast=nullcontext, average: Callable | None = None
 ) -> dict[str, torch.Tensor]:
@@ -152,7 +141,7 @@ def train(config: VQGANConfig, rt: runtime.Runtime) -> None:
 
     # ---- loop
     model = runtime.wrap_ddp(vqgan, rt)
-    pair = runtime.wrap_ddp(RealAndFake(discriminator), rt) if discriminator else None
+    pair = runtime.wrap_ddp(training.RealAndFake(discriminator), rt) if discriminator else None
     batches = runtime.training_batches(data, config.batch_size, step, config.seed, rt, config.num_workers)
     fingerprint = {"split": intensity.split_hash, "train": len(data), "val": len(held_out)}
     with (
@@ -163,7 +152,7 @@ def train(config: VQGANConfig, rt: runtime.Runtime) -> None:
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            lr = config.learning_rate * learning_rate_factor(config, step, total)
+            lr = config.learning_rate * training.learning_rate_factor(config, step, total)
             training.set_learning_rate(lr, *(own for own, _ in pairs.values()))
             if config.revive_every and step % config.revive_every == 0 and step <= total // 2:
                 revive_codes(vqgan, data, step, config, rt)
@@ -175,7 +164,7 @@ def train(config: VQGANConfig, rt: runtime.Runtime) -> None:
                                     scale=scaler.get_scale() / config.accumulate, autocast=rt.autocast,
                                     average=rt.mean)  # fmt: skip
                 means.add(losses)
-            means.add(update_weights(scaler, config.grad_clip, **pairs))
+            means.add(runtime.update_weights(scaler, config.grad_clip, **pairs))
             if ema:
                 ema.update(vqgan)
             step += 1
@@ -239,22 +228,6 @@ def rate(config, rt: runtime.Runtime) -> float:
     return config.learning_rate
 
 
-def learning_rate_factor(config, step: int, total: int) -> float:
-    return training.falling_cosine(step, 1.0, total) if config.lr_schedule == "cosine" else 1.0
-
-
-def update_weights(scaler, grad_clip: float, **pairs) -> dict[str, torch.Tensor]:
-    """One step of each name=(optimizer, network) that has gradients; the gradient norms before clipping, by name."""
-    norms = {}
-    for name, (optimizer, network) in pairs.items():
-        if any(p.grad is not None for p in network.parameters()):
-            scaler.unscale_(optimizer)
-            norms[name] = nn.utils.clip_grad_norm_(network.parameters(), grad_clip or math.inf)
-            scaler.step(optimizer)
-    scaler.update()
-    return norms
-
-
 def check_finite(what: str, means: Means, step: int) -> None:
     """UserError if a loss or gradient since the last log row is not finite: such weights replace no good checkpoint."""
     bad = [name for name, value in means.sums.items() if not math.isfinite(value)]
@@ -270,12 +243,8 @@ def open_log(config, step: int, fingerprint: dict, rt: runtime.Runtime) -> RunLo
 
         with replacing(config.run / "configs" / f"{config.stage}.yaml") as file:
             file.write(yaml.safe_dump(sections(config), sort_keys=False, default_flow_style=None).encode())
-    return RunLog(config.run, recorded(config), start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint)
-
-
-def recorded(config) -> dict:
-    """All options and the stage for config.json, which --resume reads again."""
-    return {"stage": config.stage} | training.recorded(config)
+    options = training.recorded(config)
+    return RunLog(config.run, options, start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint)
 
 
 def checked(data: dataset.Slices | dataset.Volumes):
@@ -482,7 +451,7 @@ def test(config: VQGANConfig, rt: runtime.Runtime) -> None:
         about = {"stage": config.stage, "model": trained.hash, "split": trained.intensity.split_hash, "n": len(each),
                  "cases": len(data.cases), "units": "L1 of normalised images, mean over slices",
                  "normalisation": trained.intensity.to_dict()}  # fmt: skip
-        write_json(path, about | {"scores": means, "slices": each, "options": recorded(config)})
+        write_json(path, about | {"scores": means, "slices": each, "options": training.recorded(config)})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in means.items() if value is not None)
         rt.print(f"vqgan on {len(each)} slices of {len(data.cases)} test cases: L1 {shown} ({path})")
 
@@ -521,5 +490,5 @@ def dry_run(config: VQGANConfig, rt: runtime.Runtime) -> None:
     training.check_options(config, rt)
     size = slice_size(config, 2 ** (len(config.channel_mult) - 1))
     check_sizes(config, size)
-    rt.print(json.dumps(recorded(config), indent=2))
+    rt.print(json.dumps(training.recorded(config), indent=2))
     print_memory(config, size, rt)

@@ -32,17 +32,6 @@ SSIM = "3D Gaussian, sigma 1.5, 11 voxels, valid border, data range 1"
 PREPARATION = ("shape", "spacing_mm", "intensity", "crop", "mask", "order")  # options that make a Preparation
 
 
-class RealAndFake(nn.Module):
-    """Both discriminator passes of a step in one forward, as DistributedDataParallel needs it."""
-
-    def __init__(self, discriminator: nn.Module):
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, x: torch.Tensor, x_hat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.discriminator(x), self.discriminator(x_hat)
-
-
 def aekl_step(
     model, real_and_fake, x, eps, config, *, lpips=None, slices=None, scale=1.0, autocast=nullcontext
 ) -> dict[str, torch.Tensor]:
@@ -84,21 +73,6 @@ def autoencoder_losses(x_hat, mu, logvar, x, config, lpips=None, slices=None) ->
         losses["perceptual"] = lpips(x_hat, x, slices)
         loss = loss + config.perceptual_weight * losses["perceptual"]
     return {"loss": loss} | losses
-
-
-def update_weights(scaler, grad_clip: float, **pairs) -> dict[str, torch.Tensor | None]:
-    """One step of each name=(optimizer, network); the true gradient norms by name, None where nothing has a gradient.
-
-    Deviation (original code): gradients are unscaled before they are measured and clipped.
-    """
-    norms = dict.fromkeys(pairs)
-    for name, (optimizer, network) in pairs.items():
-        if any(p.grad is not None for p in network.parameters()):
-            scaler.unscale_(optimizer)
-            norms[name] = nn.utils.clip_grad_norm_(network.parameters(), grad_clip or math.inf)
-            scaler.step(optimizer)
-    scaler.update()
-    return norms
 
 
 class TrainingVolumes(Dataset):
@@ -178,20 +152,21 @@ def train(config: AEKLConfig, rt: runtime.Runtime) -> None:
 
     # ---- loop
     model = runtime.wrap_ddp(aekl, rt)
-    pair = runtime.wrap_ddp(RealAndFake(discriminator), rt) if discriminator else None
+    pair = runtime.wrap_ddp(training.RealAndFake(discriminator), rt) if discriminator else None
     stream = TrainingVolumes(volumes, rows)
     batches = runtime.training_batches(stream, config.batch_size, step, config.seed, rt, config.num_workers)
     latent_shape = (config.latent_channels, *(n // aekl.compression for n in prep.shape))
     fingerprint = {"split": split.hash, "train": len(rows), "val": len(held_out)}
+    options = training.recorded(config)
     with (
-        RunLog(folder, recorded(config), start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
+        RunLog(folder, options, start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
         runtime.StopRequest() as stop,
         progress(last_step, step, "stage 1: autoencoder", enabled=rt.is_main) as bar,
     ):
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            factor = learning_rate_factor(config, step, total)
+            factor = training.learning_rate_factor(config, step, total)
             training.set_learning_rate(config.lr * factor, optimizer)
             if discriminator:
                 training.set_learning_rate(config.lr_d * factor, optimizer_d)
@@ -205,7 +180,7 @@ def train(config: AEKLConfig, rt: runtime.Runtime) -> None:
                                    lpips=lpips, slices=slices, scale=scaler.get_scale() / config.accumulate,
                                    autocast=rt.autocast)  # fmt: skip
                 means.add(losses)
-            norms = update_weights(scaler, config.grad_clip, **pairs)
+            norms = runtime.update_weights(scaler, config.grad_clip, **pairs)
             if ema:
                 ema.update(aekl)
             step += 1
@@ -263,15 +238,6 @@ def fill_cache(volumes: dataset.Volumes, rows: list[dataset.Row], rt: runtime.Ru
             volumes.load(row)
             bar.update()
     rt.barrier()
-
-
-def recorded(config) -> dict:
-    """All options and the stage for config.json, which `--config` reads again."""
-    return {"stage": config.stage} | training.recorded(config)
-
-
-def learning_rate_factor(config, step: int, total: int) -> float:
-    return training.falling_cosine(step, 1.0, total) if config.lr_schedule == "cosine" else 1.0
 
 
 def report_path(config, verb: str) -> Path:
@@ -451,7 +417,7 @@ def measure(config: AEKLConfig, rt: runtime.Runtime, verb: str, part: str) -> No
         about = {"stage": config.stage, "part": part, "n": len(rows), "subjects": len(set(groups))}
         about |= {"split": split.hash, "aekl": trained.hash, "preparation": trained.preparation.to_dict()}
         about |= {"ssim_definition": SSIM, "mask": "largest bright component (Otsu)"}
-        write_json(path, about | {"scores": summaries, "scans": each, "options": recorded(config)})
+        write_json(path, about | {"scores": summaries, "scans": each, "options": training.recorded(config)})
         shown = ", ".join(f"{name} {means[name]:.4g}" for name in ("val_loss", "l1", "psnr", "ssim", "ssim_masked"))
         rt.print(f"autoencoder on {len(rows)} scans of {len(set(groups))} {part} subjects: {shown} ({path})")
 
@@ -473,7 +439,7 @@ def predict(config: AEKLConfig, rt: runtime.Runtime) -> None:
     if rt.is_main:
         about = {"stage": config.stage, "part": config.part, "n": len(rows), "split": split_hash, "aekl": trained.hash}
         files = {row.scan: f"{row.scan}_reconstruction.nii.gz" for row in rows}
-        write_json(folder / "predict.json", about | {"files": files, "options": recorded(config)})
+        write_json(folder / "predict.json", about | {"files": files, "options": training.recorded(config)})
         rt.print(f"{len(rows)} reconstructions in {folder}")
 
 
@@ -503,7 +469,7 @@ def dry_run(config: AEKLConfig, rt: runtime.Runtime) -> None:
             with runtime.SavedBytes() as saved_d:
                 logits = discriminator.eval()(x)
                 discriminator(x_hat.detach())
-    rt.print(json.dumps(recorded(config), indent=2))
+    rt.print(json.dumps(training.recorded(config), indent=2))
     rt.print(f"volumes {tuple(x.shape)} -> latents {tuple(mu.shape)} -> {tuple(x_hat.shape)}")
     copies = ("weights", "gradients", "Adam", "Adam")
     rt.print("autoencoder:")

@@ -249,7 +249,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
                     loss = code_prior_loss(model, schedule, z_0, t, noise, config.loss).mean()
                 scaler.scale(loss / config.accumulate).backward()
                 means.add({"loss": loss})
-            runtime.update_weights(scaler, config.grad_clip, (optimizer, mlp))
+            runtime.update_weights(scaler, config.grad_clip, mlp=(optimizer, mlp))
             ema.update(mlp)
             step += 1
             bar.update()

@@ -24,12 +24,9 @@ from ldae import dataset, evaluation, generation, latents, model, posterior_gap,
 from ldae.aekl import (
     check_split,
     claim_output,
-    learning_rate_factor,
     open_split,
     preparation,
-    recorded,
     report_path,
-    update_weights,
 )
 from ldae.config import DiffusionConfig, PretrainConfig
 from ldae.preprocess import Preparation
@@ -147,15 +144,16 @@ def train(config: PretrainConfig, rt: runtime.Runtime) -> None:
     stream = TrainingLatents(data, config.latent)
     batches = runtime.training_batches(stream, config.batch_size, step, config.seed, rt, config.num_workers)
     fingerprint = {"split": split.hash, "aekl": record["aekl"], "train": len(rows), "val": len(held_out_rows)}
+    options = training.recorded(config)
     with (
-        RunLog(run, recorded(config), start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
+        RunLog(run, options, start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
         runtime.StopRequest() as stop,
         progress(last_step, step, "stage 2: prior", enabled=rt.is_main) as bar,
     ):
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            lr = training.set_learning_rate(config.lr * learning_rate_factor(config, step, total), optimizer)
+            lr = training.set_learning_rate(config.lr * training.learning_rate_factor(config, step, total), optimizer)
             z_batch = next(batches).to(rt.device, non_blocking=True)
             t_batch, noise_batch = draw(config, step, data.shape, rt)
             optimizer.zero_grad(set_to_none=True)
@@ -164,7 +162,7 @@ def train(config: PretrainConfig, rt: runtime.Runtime) -> None:
                     loss = prior_loss(network, schedule, z_0, t, noise).mean()
                 scaler.scale(loss / config.accumulate).backward()
                 means.add({"loss": loss})
-            norms = update_weights(scaler, config.grad_clip, grad_norm=(optimizer, unet))
+            norms = runtime.update_weights(scaler, config.grad_clip, grad_norm=(optimizer, unet))
             ema.update(unet)
             step += 1
             bar.update()
@@ -408,7 +406,7 @@ def measure(config: PretrainConfig, rt: runtime.Runtime, verb: str, part: str) -
     warning = control_warning(scores)
     write_json(path, about | {
         "steps": config.sample_steps, "loss": loss, "scores": scores, "definitions": meanings, "warning": warning,
-        "samples": samples, "samples_definition": LATENT_SPACE, "scans": each, "options": recorded(config),
+        "samples": samples, "samples_definition": LATENT_SPACE, "scans": each, "options": training.recorded(config),
     })  # fmt: skip
     mean = {name: value["mean"] for name, value in scores.items()}
     rt.print(f"prior on {len(rows)} scans of {len(set(groups))} {part} subjects: loss {loss['loss']:.4f}; encoded and "
@@ -486,7 +484,7 @@ def predict(config: PretrainConfig, rt: runtime.Runtime) -> None:
         about = {"stage": config.stage, "n": len(files), "prior": prior.hash, "aekl": prior.aekl}
         about |= {"split": prior.split_hash, "preparation": prior.preparation.to_dict()}
         about |= {"units": "prepared: 0 background, about 1 bright tissue"}
-        write_json(folder / "predict.json", about | {"files": files, "options": recorded(config)})
+        write_json(folder / "predict.json", about | {"files": files, "options": training.recorded(config)})
         rt.print(f"{len(files)} synthetic volumes in {folder}")
 
 
@@ -525,7 +523,7 @@ def dry_run(config: PretrainConfig, rt: runtime.Runtime) -> None:
         z, t = torch.zeros(local, *shape), torch.zeros(local, dtype=torch.long)
         with runtime.SavedBytes() as saved:
             unet(z, t)
-    rt.print(json.dumps(recorded(config), indent=2))
+    rt.print(json.dumps(training.recorded(config), indent=2))
     rt.print(f"latents {tuple(z.shape)}")
     training.print_memory(unet, saved, ("weights", "gradients", "Adam", "Adam", "EMA"), rt)
 

@@ -27,12 +27,9 @@ from ldae.aekl import (
     check_split,
     claim_output,
     fill_cache,
-    learning_rate_factor,
     open_split,
     part_rows,
-    recorded,
     report_path,
-    update_weights,
 )
 from ldae.config import ReprLearnConfig
 from ldae.encoder import CONVNEXT, SemanticEncoder, load_backbone, to_slices
@@ -188,15 +185,16 @@ def train(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
     stream = Pairs(volumes, data, config.latent)
     batches = runtime.training_batches(stream, config.batch_size, step, config.seed, rt, config.num_workers)
     fingerprint = {"split": split.hash, "prior": prior.hash, "train": len(rows), "val": len(held_out_rows)}
+    options = training.recorded(config)
     with (
-        RunLog(run, recorded(config), start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
+        RunLog(run, options, start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
         runtime.StopRequest() as stop,
         progress(last_step, step, "stage 3: representation", enabled=rt.is_main) as bar,
     ):
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            factor = learning_rate_factor(config, step, total)
+            factor = training.learning_rate_factor(config, step, total)
             for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
                 group["lr"] = rate * factor
             x_batch, z_batch = (x.to(rt.device, non_blocking=True) for x in next(batches))
@@ -209,7 +207,7 @@ def train(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
                 scaler.scale(losses["loss"].mean() / config.accumulate).backward()
                 means.add({name: value.mean() for name, value in losses.items()})
                 means.add(quarter_sums(losses["loss"], t, schedule.T))
-            norms = update_weights(scaler, config.grad_clip, grad_norm=(optimizer, learned))
+            norms = runtime.update_weights(scaler, config.grad_clip, grad_norm=(optimizer, learned))
             ema.update(learned)
             step += 1
             bar.update()
@@ -460,7 +458,7 @@ def measure(config: ReprLearnConfig, rt: runtime.Runtime, verb: str, part: str) 
                    ylabel="squared gap of posterior means", title=f"{len(rows)} {part} scans")  # fmt: skip
     write_json(path, about | {
         "gap": gap, "curve": curve, "table": table, "definitions": evaluation.definitions(names), "warnings": warnings,
-        "scans": each, "options": recorded(config),
+        "scans": each, "options": training.recorded(config),
     })  # fmt: skip
     shown = {entry["row"]: f"{entry['ssim']['mean']:.4f}" for entry in table}
     rt.print(f"LDAE on {len(rows)} {part} scans: the code fills {gap['fraction']:.1%} of the prior's gap; SSIM in "
@@ -536,7 +534,8 @@ def predict(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
             file.write(buffer.getvalue())
         about = {"stage": config.stage, "part": config.part, "n": len(rows), "split": split_hash, "model": ldae.hash}
         files = {row.scan: [f"{row.scan}_{name}.nii.gz" for name in ("encoded", "y_only")] for row in rows}
-        write_json(folder / "predict.json", about | {"codes": "codes.npz", "files": files, "options": recorded(config)})
+        about |= {"codes": "codes.npz", "files": files, "options": training.recorded(config)}
+        write_json(folder / "predict.json", about)
         rt.print(f"codes and reconstructions of {len(rows)} scans in {folder}")
 
 
@@ -562,7 +561,7 @@ def dry_run(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
         x, z, t = torch.zeros(local, 1, *volume), torch.zeros(local, *shape), torch.zeros(local, dtype=torch.long)
         with runtime.SavedBytes() as saved:
             learner(x, z, t)
-    rt.print(json.dumps(recorded(config), indent=2))
+    rt.print(json.dumps(training.recorded(config), indent=2))
     rt.print(f"volumes {tuple(x.shape)}, latents {tuple(z.shape)}, codes of {config.code_dim} numbers")
     learned = nn.ModuleDict({"encoder": encoder, "estimator": decoder.estimator})
     parts = {"encoder": encoder, "gradient estimator": decoder.estimator, "frozen prior": decoder.prior}

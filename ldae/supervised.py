@@ -27,13 +27,10 @@ from ldae.aekl import (
     check_split,
     claim_output,
     fill_cache,
-    learning_rate_factor,
     open_split,
     part_rows,
     preparation,
-    recorded,
     report_path,
-    update_weights,
 )
 from ldae.config import ClassificationConfig, RegressionConfig, SupervisedConfig
 from ldae.encoder import SemanticEncoder, SliceClassifier, SliceRegressor, to_slices
@@ -314,21 +311,22 @@ def train(config: SupervisedConfig, rt: runtime.Runtime) -> None:
     stream = TrainingScans(volumes, rows, target)
     batches = runtime.training_batches(stream, config.batch_size, step, config.seed, rt, config.num_workers)
     fingerprint = {"split": split.hash, "train": len(rows), "val": len(held_out)}
+    options = training.recorded(config)
     with (
-        RunLog(folder, recorded(config), start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
+        RunLog(folder, options, start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
         runtime.StopRequest() as stop,
         progress(last_step, step, config.stage, enabled=rt.is_main) as bar,
     ):
         if step == 0:
             save_last()  # claims the folder, and a disk that is too small shows now
         while step < last_step and not stop.agree(rt):
-            lr = training.set_learning_rate(config.lr * learning_rate_factor(config, step, total), optimizer)
+            lr = training.set_learning_rate(config.lr * training.learning_rate_factor(config, step, total), optimizer)
             x_batch, wanted_batch = (x.to(rt.device, non_blocking=True) for x in next(batches))
             optimizer.zero_grad(set_to_none=True)
             for x, wanted in runtime.micro_batches(config.accumulate, x_batch, wanted_batch):
                 scale = scaler.get_scale() / config.accumulate
                 means.add(supervised_step(model, x, wanted, target, config.plane, scale=scale, autocast=rt.autocast))
-            norms = update_weights(scaler, config.grad_clip, grad_norm=(optimizer, network))
+            norms = runtime.update_weights(scaler, config.grad_clip, grad_norm=(optimizer, network))
             if ema:
                 ema.update(network)
             step += 1
@@ -407,7 +405,7 @@ def measure(config: SupervisedConfig, rt: runtime.Runtime, verb: str, part: str)
     if rt.is_main:
         report = trained.target.report(found, rows, config.seed, config.bootstrap)
         about = {"stage": config.stage, "part": part, "n": len(rows), "subjects": len({row.subject for row in rows})}
-        about |= {"split": split.hash, "network": trained.hash, **report, "options": recorded(config)}
+        about |= {"split": split.hash, "network": trained.hash, **report, "options": training.recorded(config)}
         write_json(path, about)
         shown = ", ".join(f"{name} {text(value)}" for name, value in report["metrics"].items())
         rt.print(f"{config.stage} of {len(rows)} scans of {about['subjects']} {part} subjects: {shown} ({path})")
@@ -434,7 +432,7 @@ def predict(config: SupervisedConfig, rt: runtime.Runtime) -> None:
         records = [record | {name: values[i] for name, values in columns.items()} for i, record in enumerate(records)]
         dataset.write_csv(folder / "predictions.csv", [*known, *columns], records)
         about = {"stage": config.stage, "part": config.part, "n": len(rows), "split": split_hash}
-        about |= {"network": trained.hash, "target": trained.target.to_dict(), "options": recorded(config)}
+        about |= {"network": trained.hash, "target": trained.target.to_dict(), "options": training.recorded(config)}
         write_json(folder / "predictions.json", about)
         rt.print(f"predictions of {len(rows)} scans: {folder / 'predictions.csv'}")
 
@@ -449,7 +447,7 @@ def dry_run(config: SupervisedConfig, rt: runtime.Runtime) -> None:
         slices = to_slices(torch.zeros(local, 1, *config.shape), config.plane)
         with runtime.SavedBytes() as saved:
             output = network(slices)
-    rt.print(json.dumps(recorded(config), indent=2))
+    rt.print(json.dumps(training.recorded(config), indent=2))
     rt.print(f"slices {tuple(slices.shape)} -> {tuple(output.shape)}")
     copies = ("weights", "gradients", "Adam", "Adam") + (("EMA",) if config.ema_decay else ())
     training.print_memory(network, saved, copies, rt)

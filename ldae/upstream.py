@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common.checkpoint
-from common import metrics, nifti, runtime, schedulers
+from common import metrics, nifti, runtime, schedulers, training
 from common.blocks3d import Down, Half, ResidualBlock, Up, sinusoidal_embedding
 from common.cli import UserError
 from common.ema import EMA
@@ -565,7 +565,7 @@ def _run_aekl_step(model: nn.ModuleDict, inputs: dict) -> dict:
     config = model.upstream_config
     weights = SimpleNamespace(kl_weight=config["kl_weight"], adv_weight=config["adv_weight"])
     autoencoder, discriminator = model["model"].train(), model["discriminator"].train()
-    pair, history = aekl.RealAndFake(discriminator), []
+    pair, history = training.RealAndFake(discriminator), []
     for k in range(sum(name.startswith("image") for name in inputs)):
         x, eps = inputs[f"image{k}"], inputs[f"noise{k}"]
         scale = 1 / config["accumulate_grad_batches"]

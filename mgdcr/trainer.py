@@ -169,7 +169,7 @@ def fit(task: Task, config: TrainingConfig, rt: runtime.Runtime) -> None:
                     loss = task.loss(parallel, x_0, t, noise).mean()
                 scaler.scale(loss / config.accumulate).backward()
                 means.add({"loss": loss})
-            runtime.update_weights(scaler, config.grad_clip, (optimizer, network))
+            runtime.update_weights(scaler, config.grad_clip, network=(optimizer, network))
             ema.update(network)
             step += 1
             bar.update()

@@ -166,7 +166,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
                 losses = vae_loss(x_hat, mu, logvar, x, config, lpips, slices)
                 scaler.scale(losses["loss"] / config.accumulate).backward()
                 means.add(losses)
-            runtime.update_weights(scaler, config.grad_clip, (optimizer, vae))
+            runtime.update_weights(scaler, config.grad_clip, vae=(optimizer, vae))
             if ema:
                 ema.update(vae)
             step += 1

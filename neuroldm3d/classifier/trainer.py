@@ -245,7 +245,7 @@ def train_fold(config: Config, rt: runtime.Runtime, fold: Fold, volumes: dataset
             torch.manual_seed(runtime.generator(config.seed, "dropout", step, rt.rank).initial_seed())
             adam.zero_grad(set_to_none=True)
             means.add(classifier_step(model, x, labels, scale=scaler.get_scale(), autocast=rt.autocast))
-            runtime.update_weights(scaler, config.grad_clip, (adam, network))
+            runtime.update_weights(scaler, config.grad_clip, network=(adam, network))
             step += 1
             bar.update()
 

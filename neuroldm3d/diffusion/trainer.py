@@ -153,7 +153,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
                     loss = dit_loss(model, schedule, z_0, label, t, eps, config.loss_type, config.min_snr).mean()
                 scaler.scale(loss / config.accumulate).backward()
                 means.add({"loss": loss})
-            runtime.update_weights(scaler, config.grad_clip, (optimizer, dit))
+            runtime.update_weights(scaler, config.grad_clip, dit=(optimizer, dit))
             ema.update(dit)
             step += 1
             bar.update()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from common import nifti, phantom, runtime
+from common import nifti, phantom, runtime, training
 from common.cache import VolumeCache
 from common.ema import EMA
-from il_cldm.aae import COMPRESSION, RealAndFake, aae_step
+from il_cldm.aae import COMPRESSION, aae_step
 from il_cldm.config import PRESETS, Config
 from il_cldm.dataset import PetDataset, Volumes
 from il_cldm.ldm import DenoiserWithMri, ldm_loss, noise_schedule
@@ -40,7 +40,7 @@ def stage_1(options, rt, channels_last):
     """One step of `train_aae`: both networks forward and backward, both optimizers."""
     config, autoencoder, layout = setup(options, rt, channels_last, build_autoencoder)
     discriminator = build_discriminator(config).to(rt.device, memory_format=layout)
-    pair, x = RealAndFake(discriminator), volumes(options, rt, options.batch, layout)
+    pair, x = training.RealAndFake(discriminator), volumes(options, rt, options.batch, layout)
     fused = runtime.fused_optimizer_kwargs(rt.device)
     optimizers = [torch.optim.Adam(net.parameters(), lr=1e-4, **fused) for net in (autoencoder, discriminator)]
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from common import runtime
+from common import runtime, training
 from common.ema import EMA
 from lapt import diffusion, ldm, losses, segmentation, vqgan
 from lapt.config import CONFIGS, PRESETS
@@ -51,7 +51,7 @@ def vqgan_step(options, rt, channels_last):
     x = torch.rand(options.batch, 2, *plane(options)).to(rt.device, memory_format=layout)
 
     def step():
-        vqgan.vqgan_step(autoencoder, vqgan.RealAndFake(discriminator), x, config, autocast=rt.autocast)
+        vqgan.vqgan_step(autoencoder, training.RealAndFake(discriminator), x, config, autocast=rt.autocast)
         for optimizer, _ in pairs:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from common import runtime, schedulers
+from common import runtime, schedulers, training
 from common.ema import EMA
 from ldae import aekl, prior, representation
 from ldae.config import CONFIGS, PRESETS
@@ -49,7 +49,7 @@ def aekl_step(options, rt, channels_last):
     x, eps = volume(config, rt, layout), torch.randn(1, *latent_shape(options)).to(rt.device)
 
     def step():
-        aekl.aekl_step(autoencoder, aekl.RealAndFake(discriminator), x, eps, config, autocast=rt.autocast)
+        aekl.aekl_step(autoencoder, training.RealAndFake(discriminator), x, eps, config, autocast=rt.autocast)
         for optimizer, _ in pairs:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import runtime
-from il_cldm.aae import RealAndFake, aae_step
+from common import runtime, training
+from il_cldm.aae import aae_step
 from il_cldm.config import Config
 from il_cldm.ldm import DenoiserWithMri, ldm_loss, noise_schedule
 from il_cldm.losses import reconstruction_loss
@@ -30,7 +30,7 @@ class Stage1:
     def __init__(self):
         self.config = Config()
         self.nets = {"autoencoder": build_autoencoder(self.config), "discriminator": build_discriminator(self.config)}
-        self.pair = RealAndFake(self.nets["discriminator"])
+        self.pair = training.RealAndFake(self.nets["discriminator"])
         self.x = torch.rand(1, 1, *SHAPE)
 
     def forward(self):  # all that is alive when the step goes backward

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint, runtime
+from common import checkpoint, runtime, training
 from common.cli import UserError
 from il_cldm import aae, ldm
 from il_cldm.config import Config
@@ -283,7 +283,7 @@ def test_checkpointing_gives_the_same_gradients():
         autoencoder, discriminator, denoiser = (
             f(config) for f in (build_autoencoder, build_discriminator, build_denoiser)
         )
-        aae.aae_step(autoencoder, aae.RealAndFake(discriminator), x, config, noise=noise)
+        aae.aae_step(autoencoder, training.RealAndFake(discriminator), x, config, noise=noise)
         t, label = torch.tensor([3, 700]), torch.tensor([1, 4])
         model = ldm.DenoiserWithMri(denoiser)
         ldm.ldm_loss(model, ldm.noise_schedule(config), noise, x, label, t, noise.flip(0)).backward()
@@ -298,7 +298,7 @@ def test_the_step_is_two_separate_gradients():
     torch.manual_seed(0)
     autoencoder, discriminator = build_autoencoder(config), build_discriminator(config)
     other = copy.deepcopy((autoencoder, discriminator))
-    losses = aae.aae_step(autoencoder, aae.RealAndFake(discriminator), x, config)
+    losses = aae.aae_step(autoencoder, training.RealAndFake(discriminator), x, config)
 
     x_hat = other[0](x)[0]
     real, fake = other[1](x), other[1](x_hat)

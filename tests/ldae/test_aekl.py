@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint, nifti, runtime
+from common import checkpoint, nifti, runtime, training
 from common.cli import UserError
 from ldae import aekl, dataset, latents, run_cli, upstream
 from ldae.autoencoder import AutoencoderKL, PatchDiscriminator
@@ -66,7 +66,7 @@ def test_step_is_the_published_objective():
     config = config_of("x", *ADVERSARY, "--kl_weight", 1e-3, "--perceptual_weight", 0.5)
     (model, discriminator), (x, eps) = networks(), batch()
     perceptual = lambda a, b, slices: (a - b).square().mean()  # noqa: E731
-    losses = aekl.aekl_step(model, aekl.RealAndFake(discriminator), x, eps, config, lpips=perceptual)
+    losses = aekl.aekl_step(model, training.RealAndFake(discriminator), x, eps, config, lpips=perceptual)
     with torch.no_grad():
         x_hat, mu, logvar = model(x, eps)
         logits = discriminator(x), discriminator(x_hat)
@@ -85,7 +85,7 @@ def test_the_generators_pass_leaves_no_gradient_in_the_discriminator():
     config = config_of("x", *ADVERSARY)
     x, eps = batch()
     (model, discriminator), (model_b, discriminator_b) = networks(), networks()
-    aekl.aekl_step(model, aekl.RealAndFake(discriminator), x, eps, config)
+    aekl.aekl_step(model, training.RealAndFake(discriminator), x, eps, config)
 
     loss, x_hat = generator_pass(model_b, discriminator_b, x, eps, config)
     loss.backward()
@@ -100,7 +100,7 @@ def test_the_generators_pass_leaves_no_gradient_in_the_discriminator():
 
     # The discriminator's loss alone off: nothing of the generator's term is in it.
     model, discriminator = networks()
-    pair = aekl.RealAndFake(discriminator)
+    pair = training.RealAndFake(discriminator)
     aekl.discriminator_loss, kept = (lambda fake, real: 0 * fake.sum()), aekl.discriminator_loss
     try:
         aekl.aekl_step(model, pair, x, eps, config)
@@ -120,9 +120,9 @@ def test_gradients_are_unscaled_before_they_are_measured_and_clipped(clip):
                  "grad_norm_d": (torch.optim.SGD(discriminator.parameters(), 0.1), discriminator)}  # fmt: skip
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=enabled)
         scaler.scale(torch.zeros(1))  # sets the scale up
-        aekl.aekl_step(model, aekl.RealAndFake(discriminator), x, eps, config, scale=scaler.get_scale())
+        aekl.aekl_step(model, training.RealAndFake(discriminator), x, eps, config, scale=scaler.get_scale())
         true = gradients(model).norm() / scaler.get_scale()
-        norms = aekl.update_weights(scaler, clip, **pairs)
+        norms = runtime.update_weights(scaler, clip, **pairs)
         assert norms["grad_norm"].item() == pytest.approx(true.item(), rel=1e-4) and true > 1e-3
         results.append((norms, torch.nn.utils.parameters_to_vector(model.parameters()).detach()))
     assert results[0][0]["grad_norm_d"].item() == pytest.approx(results[1][0]["grad_norm_d"].item(), rel=1e-3)
@@ -132,7 +132,7 @@ def test_gradients_are_unscaled_before_they_are_measured_and_clipped(clip):
 def test_without_gradients_there_is_no_step():
     (_, discriminator), scaler = networks(), torch.amp.GradScaler("cpu", enabled=False)
     pairs = {"grad_norm_d": (torch.optim.Adam(discriminator.parameters()), discriminator)}
-    assert aekl.update_weights(scaler, 1.0, **pairs) == {"grad_norm_d": None}
+    assert runtime.update_weights(scaler, 1.0, **pairs) == {}
 
 
 def test_checkpointing_changes_nothing_but_memory():

@@ -189,10 +189,10 @@ def test_a_bad_command_is_one_clear_line(capsys, argv, message):
 
 
 def test_a_runs_config_json_is_a_configuration_file(tmp_path):
-    from ldae import aekl
+    from common import training
 
     config = parsed("fit", "--config", "aekl", "--preset", "tiny", "--lr", 0.5, "--root", tmp_path)[1]
-    (tmp_path / "config.json").write_text(json.dumps(aekl.recorded(config)))
+    (tmp_path / "config.json").write_text(json.dumps(training.recorded(config)))
     again = parsed("fit", "--config", tmp_path / "config.json", "--root", tmp_path)[1]
     assert (again.stage, again.lr, again.channels, again.preset) == ("aekl", 0.5, config.channels, "tiny")
 
