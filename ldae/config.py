@@ -193,6 +193,7 @@ class PretrainConfig(DiffusionConfig):
     new_attention_order: bool = option(False, "split heads after q, k, v instead of before", group="model")
     dropout: float = option(0.1, "dropout inside residual blocks", group="model")
     isotropic: bool = option(True, "pool all three axes; the original pools the last two", group="model")
+    norm_groups: int = option(32, "groups of the group norms; narrow networks need fewer, or every channel is normalised by itself", group="model")
 
     prediction: str = option("eps", "what the network predicts: eps as published, or v, whose samples keep their scale after a short training", choices=("eps", "v"), group="diffusion")
 
@@ -327,7 +328,7 @@ PRESETS = {
         "upstream": UPSTREAM | UPSTREAM_DIFFUSION | dict(val_size=0.005, isotropic=False),
         "small": SMALL | dict(base_channels=64, prediction="v", batch_size=64, lr=1e-4),
         "tiny": TINY | dict(
-            latent_scale="voxel", prediction="v", base_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), dropout=0.0, batch_size=4,
+            latent_scale="voxel", prediction="v", base_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), norm_groups=4, dropout=0.0, batch_size=4,
             steps=4000, lr=2e-3, ema_decay=0.99, val_every=10, sample_every=50, sample_steps=20,
         ),
     },

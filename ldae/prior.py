@@ -36,7 +36,7 @@ KIND = "ldae prior"
 COMMAND = "run_cli.py fit --config ldae/config/ldae_pretrain.yaml"
 ARCHITECTURE = (
     "base_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads", "head_channels",
-    "new_attention_order", "dropout", "isotropic",
+    "new_attention_order", "dropout", "isotropic", "norm_groups",
 )  # fmt: skip
 VALIDATION_TIMES = 8  # timesteps of the held-out loss
 LATENT_SPACE = (

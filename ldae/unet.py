@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.blocks3d import sinusoidal_embedding
 
-NORM_GROUPS = 32
+NORM_GROUPS = 32  # of the original, whose widths are 256 and more
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -25,10 +25,6 @@ def zeroed(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
-
-
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels)
 
 
 def factors(isotropic: bool) -> tuple[int, int, int]:
@@ -46,15 +42,16 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, c_in: int, c_out: int, emb_dim: int, dropout: float, *, resample=None, factor=(2, 2, 2), code_dim: int = 0
-    ):
+        self, c_in: int, c_out: int, emb_dim: int, dropout: float, *,
+        resample=None, factor=(2, 2, 2), code_dim: int = 0, norm_groups: int = NORM_GROUPS,
+    ):  # fmt: skip
         super().__init__()
         self.resample, self.factor = resample, factor
-        self.norm1 = norm(c_in)
+        self.norm1 = nn.GroupNorm(norm_groups, c_in)
         self.conv1 = nn.Conv3d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(emb_dim, 2 * c_out)
         self.code = nn.Linear(code_dim, 2 * c_out) if code_dim else None
-        self.norm2 = norm(c_out)
+        self.norm2 = nn.GroupNorm(norm_groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv3d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -87,10 +84,10 @@ class Attention(nn.Module):
     new_order: the 3C channels of qkv are q, k, v of all heads; otherwise ("legacy") those of one head after the other.
     """
 
-    def __init__(self, channels: int, heads: int, new_order: bool):
+    def __init__(self, channels: int, heads: int, new_order: bool, norm_groups: int = NORM_GROUPS):
         super().__init__()
         self.heads, self.new_order = heads, new_order
-        self.norm = norm(channels)
+        self.norm = nn.GroupNorm(norm_groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj = zeroed(nn.Conv1d(channels, channels, 1))
 
@@ -137,25 +134,27 @@ class Plan:
         new_attention_order: bool,
         dropout: float,
         isotropic: bool,
+        norm_groups: int,
     ):
         self.widths = [base_channels * mult for mult in channel_mult]
-        if odd := [width for width in (base_channels, *self.widths) if width % NORM_GROUPS]:
-            raise ValueError(f"U-Net width {odd[0]} is no multiple of {NORM_GROUPS}, its groups of channels")
+        if odd := [width for width in (base_channels, *self.widths) if width % norm_groups]:
+            raise ValueError(f"U-Net width {odd[0]} is no multiple of {norm_groups}, its groups of channels")
         self.base_channels, self.num_res_blocks, self.dropout = base_channels, num_res_blocks, dropout
         self.emb_dim = 4 * base_channels
         self.attention_levels = [2**level in attention_resolutions for level in range(len(self.widths))]
         self.num_heads, self.head_channels, self.new_order = num_heads, head_channels, new_attention_order
-        self.factor = factors(isotropic)
+        self.factor, self.norm_groups = factors(isotropic), norm_groups
 
     def attention(self, channels: int) -> Attention:
         heads = self.num_heads if self.head_channels == -1 else channels // self.head_channels
         if heads < 1 or channels % heads or self.head_channels not in (-1, channels // heads):
             wanted = f"{self.num_heads} heads" if self.head_channels == -1 else f"heads of {self.head_channels}"
             raise ValueError(f"attention over {channels} channels cannot be split into {wanted}")
-        return Attention(channels, heads, self.new_order)
+        return Attention(channels, heads, self.new_order, self.norm_groups)
 
     def block(self, c_in: int, c_out: int, **options) -> ResidualBlock:
-        return ResidualBlock(c_in, c_out, self.emb_dim, self.dropout, factor=self.factor, **options)
+        own = {"factor": self.factor, "norm_groups": self.norm_groups}
+        return ResidualBlock(c_in, c_out, self.emb_dim, self.dropout, **own, **options)
 
     def input_stages(self) -> tuple[nn.ModuleList, list[int]]:
         """The contracting half behind its first convolution, and the width of every skip connection."""
@@ -194,15 +193,16 @@ class Plan:
 
     def head(self, out_channels: int) -> nn.Sequential:
         conv = zeroed(nn.Conv3d(self.widths[0], out_channels, 3, padding=1))
-        return nn.Sequential(norm(self.widths[0]), nn.SiLU(), conv)
+        return nn.Sequential(nn.GroupNorm(self.norm_groups, self.widths[0]), nn.SiLU(), conv)
 
 
 class UNet(nn.Module):
     """The prior: noisy latent z_t (B, C, d, h, w) and integer step t (B,) -> its noise eps (B, C, d, h, w).
 
-    base_channels and channel_mult give each level's width (multiples of 32); attention_resolutions are the
+    base_channels and channel_mult give each level's width (multiples of norm_groups); attention_resolutions are the
     downsampling factors (1, 2, 4, ...) at which attention stands; head_channels -1 leaves the number of heads at
-    num_heads. isotropic=False resamples the last two axes only, as the original's weights need it.
+    num_heads. isotropic=False resamples the last two axes only, as the original's weights need it. Widths near
+    norm_groups make it an instance norm, which takes the size of a pattern out of every channel.
     """
 
     def __init__(
@@ -218,13 +218,14 @@ class UNet(nn.Module):
         new_attention_order: bool,
         dropout: float,
         isotropic: bool,
+        norm_groups: int = NORM_GROUPS,
         checkpointing: bool = False,
     ):
         super().__init__()
         self.in_channels = in_channels
         self.plan = Plan(
             base_channels, channel_mult, num_res_blocks, attention_resolutions,
-            num_heads, head_channels, new_attention_order, dropout, isotropic,
+            num_heads, head_channels, new_attention_order, dropout, isotropic, norm_groups,
         )  # fmt: skip
         plan = self.plan
         self.time1 = nn.Linear(base_channels, plan.emb_dim)

@@ -272,6 +272,7 @@ def unet_settings(model: UNet) -> dict:
     plan = model.plan
     fixed = {"num_heads": plan.num_heads, "head_channels": plan.head_channels, "new_attention_order": plan.new_order}
     fixed |= {"dropout": plan.dropout, "isotropic": plan.factor == unet.factors(True)}
+    fixed |= {"norm_groups": plan.norm_groups}
     return _identify_unet(to_upstream(model)) | fixed
 
 

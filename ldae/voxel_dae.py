@@ -45,7 +45,8 @@ def voxel_settings(settings: dict) -> dict:
     Widths that the group norm does not divide are rounded up (the autoencoder's of small presets).
     """
     unet = dict(settings["unet"])
-    fine = [-(-width // NORM_GROUPS) * NORM_GROUPS for width in settings["aekl"]["channels"][:-1]]
+    groups = unet.get("norm_groups", NORM_GROUPS)
+    fine = [-(-width // groups) * groups for width in settings["aekl"]["channels"][:-1]]
     coarse = [unet["base_channels"] * mult for mult in unet["channel_mult"]]
     base = math.gcd(*fine, *coarse)
     unet |= {

@@ -146,6 +146,10 @@ def test_widths_and_norm_groups_must_fit():
         AutoencoderKL(**AEKL | dict(channels=(8, 12), norm_groups=8))
     with pytest.raises(ValueError, match="width 48 is no multiple of 32"):
         UNet(**SMALL_UNET | dict(base_channels=48))
+    narrow = ShiftUNet(UNet(**SMALL_UNET | dict(base_channels=48, norm_groups=6)), 16)
+    groups = {module.num_groups for module in narrow.modules() if isinstance(module, torch.nn.GroupNorm)}
+    assert groups == {6}  # the estimator's half too
+    assert upstream.unet_settings(narrow.prior)["norm_groups"] == 6
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "unet", "estimator", "encoder"])
