@@ -216,6 +216,8 @@ class ReprLearnConfig(DiffusionConfig):
     encoder_dropout: float = option(0.1, "dropout of position code and slice attention", group="model")
     drop_path: float = option(0.4, "stochastic depth of the backbone at its last block", group="model")
 
+    linear_image: bool = option(False, "add to the estimator's output an image of the latent's size that is linear in the code: without, short trainings of narrow networks hardly learn to draw what the code says", group="model")
+
     standardise_codes: bool = option(False, "start the encoder so that codes of the training scans have mean 0 and SD 1; from scratch they are nearly alike, and a short training then ignores them", group="model")
     gamma: float = option(0.1, "exponent of the SNR in the loss weight; a negative one favours high noise, where most must come from the code", group="loss")
     coefficient: str = option("training", "guidance of samplers: the coefficient that training uses, or sqrt(1 - alpha_bar) as published", choices=("training", "sampling"), group="diffusion")
@@ -338,7 +340,7 @@ PRESETS = {
         "small": SMALL | SMALL_ENCODER | dict(standardise_codes=True, batch_size=16, accumulate=2, lr=1e-4),
         # From scratch and in minutes: without these the encoder gives every scan the same code.
         "tiny": TINY | TINY_ENCODER | dict(
-            standardise_codes=True, encoder_dropout=0.0, gamma=-0.5, lr_encoder=3e-4,
+            linear_image=True, standardise_codes=True, encoder_dropout=0.0, gamma=-0.5, lr_encoder=3e-4,
             latent_scale="voxel", batch_size=4, steps=4000, lr=2e-3, ema_decay=0.99, val_every=10, sample_every=50, sample_steps=20,
         ),
     },

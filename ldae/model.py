@@ -160,17 +160,22 @@ def build(
 ) -> LDAE:  # fmt: skip
     """An untrained LDAE: the control of every claim about a trained one.
 
-    settings: constructor arguments of the networks, "aekl", "unet", "encoder"; schedule: of schedulers.make_schedule;
+    settings: constructor arguments of the networks, "aekl", "unet", "encoder", and "estimator" where it has own ones;
+    schedule: of schedulers.make_schedule;
     sampling: values of SAMPLING.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         aekl = AutoencoderKL(**settings["aekl"])
-        decoder = ShiftUNet(UNet(**settings["unet"]), settings["encoder"]["embed_dim"])
+        decoder = build_decoder(settings)
         encoder = SemanticEncoder(**settings["encoder"])
     aekl, decoder, encoder = (runtime.frozen_network(network, rt) for network in (aekl, decoder, encoder))
     return LDAE(aekl, decoder, encoder, settings, schedulers.make_schedule(**schedule), schedule, stats, preparation,
                 plane, rt, **(sampling or {}), **about)  # fmt: skip
+
+
+def build_decoder(settings: dict) -> ShiftUNet:
+    return ShiftUNet(UNet(**settings["unet"]), settings["encoder"]["embed_dim"], **settings.get("estimator", {}))
 
 
 def state_dict(aekl, decoder: ShiftUNet, encoder) -> dict[str, torch.Tensor]:

@@ -139,7 +139,8 @@ def train(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
     encoder, backbone = build_encoder(config, aekl.preparation.shape)
     if config.standardise_codes:
         standardise_codes(encoder, volumes, rows, config.plane)
-    decoder = ShiftUNet(prior.model, config.code_dim, checkpointing=config.checkpointing)
+    own = estimator_settings(config, prior.latent_shape)
+    decoder = ShiftUNet(prior.model, config.code_dim, **own, checkpointing=config.checkpointing)
     learner = Learner(encoder, decoder, config.plane).to(rt.device).train()
     learned = nn.ModuleDict({"encoder": encoder, "estimator": decoder.estimator})  # all that has gradients
     if config.compile:
@@ -399,6 +400,11 @@ def standardise_codes(encoder: SemanticEncoder, volumes: dataset.Volumes, rows: 
     encoder.train(was_training)
 
 
+def estimator_settings(config: ReprLearnConfig, latent_shape: tuple[int, ...]) -> dict:
+    """Constructor arguments of the gradient estimator beside the prior and the code's width."""
+    return {"image_size": tuple(latent_shape[1:])} if config.linear_image else {}
+
+
 def with_estimator(decoder: ShiftUNet, estimator: nn.Module) -> ShiftUNet:
     """A decoder of the same frozen prior, not a copy of it, with another estimator."""
     with torch.device("meta"):  # no memory for the estimator that is replaced
@@ -410,6 +416,8 @@ def with_estimator(decoder: ShiftUNet, estimator: nn.Module) -> ShiftUNet:
 def bundle(config: ReprLearnConfig, aekl, prior: TrainedPrior, decoder, encoder, split_hash, rt) -> model.LDAE:
     """The parts as an LDAE that shares their tensors."""
     settings = {"aekl": aekl.settings, "unet": prior.settings, "encoder": encoder_settings(config)}
+    if own := estimator_settings(config, prior.latent_shape):
+        settings["estimator"] = own
     return model.LDAE(
         aekl.model, decoder, encoder, settings, prior.schedule, prior.schedule_settings, prior.stats, aekl.preparation,
         config.plane, rt, split_hash, hashes={"aekl": aekl.hash, "prior": prior.hash}, coefficient=config.coefficient,
@@ -556,7 +564,8 @@ def dry_run(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
     settings, shape, volume = prior_settings(config)
     with torch.device("meta"):
         encoder, _ = build_encoder(config, volume)
-        decoder = ShiftUNet(UNet(**settings), config.code_dim, checkpointing=config.checkpointing)
+        own = estimator_settings(config, shape)
+        decoder = ShiftUNet(UNet(**settings), config.code_dim, **own, checkpointing=config.checkpointing)
         learner = Learner(encoder, decoder, config.plane)
         x, z, t = torch.zeros(local, 1, *volume), torch.zeros(local, *shape), torch.zeros(local, dtype=torch.long)
         with runtime.SavedBytes() as saved:

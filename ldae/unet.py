@@ -8,6 +8,7 @@ Latents are (B, C, d, h, w); the paper's are 3 x 16 x 20 x 16, its prior has 486
 378,411,779.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -278,33 +279,40 @@ def set_checkpointing(module: nn.Module, on: bool) -> None:
 
 
 class GradientEstimator(nn.Module):
-    """The trainable half G of a ShiftUNet: middle and expanding half of the prior's shape, modulated by a code."""
+    """The trainable half G of a ShiftUNet: middle and expanding half of the prior's shape, modulated by a code.
 
-    def __init__(self, prior: UNet, code_dim: int):
+    With image_size (d, h, w), G gets an image more that is linear in the code and starts at 0.
+    """
+
+    def __init__(self, prior: UNet, code_dim: int, image_size: Sequence[int] = ()):
         super().__init__()
         plan = prior.plan
         self.label_emb = nn.Linear(code_dim, plan.emb_dim)
         self.shift_middle_block = plan.middle_stage(code_dim=plan.emb_dim)
         self.shift_output_blocks = plan.output_stages(prior.skips, code_dim=plan.emb_dim)
         self.shift_out = plan.head(prior.in_channels)
+        # Deviation (original code): it has none. Modulated channels of the prior's features say little about where
+        # something is; a short training learns to draw what the code says this way, and hardly any other way.
+        self.image = zeroed(nn.Linear(code_dim, prior.in_channels * math.prod(image_size))) if image_size else None
 
     def forward(self, skips: list[Tensor], emb: Tensor, y: Tensor) -> Tensor:
         code = self.label_emb(y)  # (B, emb_dim)
-        return expand(self.shift_middle_block, self.shift_output_blocks, self.shift_out, skips, emb, code)
+        G = expand(self.shift_middle_block, self.shift_output_blocks, self.shift_out, skips, emb, code)
+        return G if self.image is None else G + self.image(y).view_as(G)
 
 
 class ShiftUNet(nn.Module):
     """The frozen prior and the gradient estimator: z_t, t and a code y (B, code_dim) -> (eps, G), each like z_t.
 
     `prior` gets no gradient, computes none, and stays in eval mode whatever train() says; its contracting half runs
-    once for both. `estimator` is all that trains.
+    once for both. `estimator` is all that trains; image_size: GradientEstimator's.
     """
 
-    def __init__(self, prior: UNet, code_dim: int, *, checkpointing: bool = False):
+    def __init__(self, prior: UNet, code_dim: int, *, image_size: Sequence[int] = (), checkpointing: bool = False):
         super().__init__()
         self.code_dim = code_dim
         self.prior = prior.requires_grad_(False).eval()
-        self.estimator = GradientEstimator(prior, code_dim)
+        self.estimator = GradientEstimator(prior, code_dim, image_size)
         set_checkpointing(self.estimator, checkpointing)
 
     def train(self, mode: bool = True):

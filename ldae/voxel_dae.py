@@ -20,7 +20,7 @@ from common.cli import UserError
 from ldae import model
 from ldae.encoder import SemanticEncoder
 from ldae.preprocess import Preparation
-from ldae.unet import NORM_GROUPS, ShiftUNet, UNet
+from ldae.unet import NORM_GROUPS
 
 KIND = "ldae voxel"
 STATS = {"mean": [0.5], "std": [0.5]}  # [0, 1] -> [-1, 1], as image diffusion has it
@@ -63,7 +63,7 @@ def build(
     """An untrained voxel-space diffusion autoencoder; settings of `voxel_settings`, the rest as for `model.build`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder = ShiftUNet(UNet(**settings["unet"]), settings["encoder"]["embed_dim"])
+        decoder = model.build_decoder(settings)
         encoder = SemanticEncoder(**settings["encoder"])
     decoder, encoder = (runtime.frozen_network(network, rt) for network in (decoder, encoder))
     return model.LDAE(Identity(), decoder, encoder, settings, schedulers.make_schedule(**schedule), schedule, STATS,

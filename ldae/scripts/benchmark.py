@@ -190,13 +190,13 @@ def networks(name: str, ldae, batch: int) -> dict[str, dict]:
     """
     import torch
 
+    from ldae import model
     from ldae.autoencoder import AutoencoderKL
     from ldae.encoder import SemanticEncoder, to_slices
-    from ldae.unet import ShiftUNet, UNet
 
     settings = ldae.settings
     with torch.device("meta"):
-        decoder = ShiftUNet(UNet(**settings["unet"]), settings["encoder"]["embed_dim"]).eval()
+        decoder = model.build_decoder(settings).eval()
         encoder = SemanticEncoder(**settings["encoder"]).eval()
 
         def inputs(n):

@@ -74,10 +74,25 @@ def export(options: Options) -> list[Path]:
     for file, (model, about) in written.items():
         write(file, model, about | {"names": options.names}, options)
         print(f"{file}: {sum(p.numel() for p in model.parameters()):,} parameters")
-        if options.names == "original" and about["config"].get("isotropic"):
-            print(f"warning: {file} pools all three axes, the original's U-Net two: its programs would load it and "
-                  "compute something else; train with --no_isotropic for them")  # fmt: skip
+        if options.names == "original":
+            for difference in differences(about["config"]):
+                print(f"warning: {file} {difference}")
     return list(written)
+
+
+def differences(config: dict) -> list[str]:
+    """What the original's programs would not know of a prior or decoder of these constructor arguments."""
+    found = []
+    if config.get("isotropic"):
+        found.append("pools all three axes, the original's U-Net two: its programs would load it and compute something "
+                     "else; train with --no_isotropic for them")  # fmt: skip
+    if "base_channels" in config and config.get("norm_groups", 32) != 32:
+        found.append(f"has {config['norm_groups']} groups in its norms, the original 32: its programs would load it "
+                     "and compute something else")  # fmt: skip
+    if config.get("image_size"):
+        found.append("has an estimator with a linear image, which the original's programs refuse to load; train with "
+                     "--no_linear_image for them")  # fmt: skip
+    return found
 
 
 def checkpoint_path(options: Options) -> Path:
@@ -115,7 +130,7 @@ def networks(saved: dict, path: Path) -> dict:
     kind, settings = saved["network"], saved["config"]
     if kind == "ldae representation":
         ldae = model.load_ldae(path, runtime.Runtime(torch.device("cpu")))
-        decoder = settings["unet"] | {"code_dim": ldae.code_dim}
+        decoder = settings["unet"] | {"code_dim": ldae.code_dim} | settings.get("estimator", {})
         parts = {
             "autoencoderkl": (ldae.aekl, "ldae aekl", settings["aekl"]),
             "encoder": (ldae.encoder, "ldae encoder", settings["encoder"]),

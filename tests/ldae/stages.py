@@ -28,7 +28,7 @@ TINY = {
     "ldae_pretrain": [*SCHEDULE, *("--base_channels 32 --channel_mult 1 --num_res_blocks 1 --attention_resolutions 1 "
                                    "--dropout 0").split()],
     "ldae_repr_learn": [*SCHEDULE, *("--backbone_depths 1 1 --backbone_widths 8 16 --code_dim 16 --encoder_heads 2 "
-                                     "--max_slices 20 --drop_path 0.1").split()],
+                                     "--max_slices 20 --drop_path 0.1 --linear_image").split()],
 }  # fmt: skip
 STAGES = tuple(TINY)
 

@@ -141,6 +141,20 @@ def test_sampled_latents_and_odd_sizes():
     assert torch.equal(x_hat, aekl.decode(mu))
 
 
+def test_the_linear_image_adds_what_is_linear_in_the_code():
+    """linear_image: 0 at the start, then an image of its own for every entry of the code, wherever z_t is noisy."""
+    torch.manual_seed(0)
+    C, size = SMALL_UNET["in_channels"], (4, 8, 8)
+    decoder = ShiftUNet(UNet(**SMALL_UNET), 3, image_size=size)
+    y, z_t, t = torch.randn(2, 3), torch.randn(2, C, *size), torch.tensor([9, 700])
+    assert not decoder(z_t, t, y)[1].any()  # as without
+    images = torch.randn(3, C, *size)
+    decoder.estimator.image.weight.data = images.flatten(1).T.contiguous()
+    assert torch.allclose(decoder(z_t, t, y)[1], torch.einsum("bk,kcdhw->bcdhw", y, images), atol=1e-5)
+    with pytest.raises(RuntimeError):  # images of one size only
+        decoder(torch.randn(2, C, 8, 8, 8), t, y)
+
+
 def test_widths_and_norm_groups_must_fit():
     with pytest.raises(ValueError, match="width 12 is no multiple of its 8 norm groups"):
         AutoencoderKL(**AEKL | dict(channels=(8, 12), norm_groups=8))

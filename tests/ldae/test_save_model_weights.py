@@ -68,7 +68,8 @@ def test_stage_three_exports_three_networks(done, tmp_path):
     aekl = AutoencoderKL(**files["autoencoderkl"]["config"])
     encoder = SemanticEncoder(**files["encoder"]["config"])
     settings = dict(files["decoder"]["config"])
-    decoder = ShiftUNet(UNet(**{k: v for k, v in settings.items() if k != "code_dim"}), settings["code_dim"])
+    own = {name: settings.pop(name) for name in ("code_dim", "image_size")}
+    decoder = ShiftUNet(UNet(**settings), **own)
     for name, network, whole in (
         ("autoencoderkl", aekl, ldae.aekl), ("encoder", encoder, ldae.encoder), ("decoder", decoder, ldae.decoder)
     ):  # fmt: skip
@@ -97,7 +98,8 @@ def test_the_originals_names(done, tmp_path, form, capsys):
     """Key names as the original's programs expect them; our importer reads them back strictly."""
     export("--ckpt", stages.best(done), "--format", form, "--names", "original", "--output_folder", tmp_path)
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
-    assert len(warned) == 1 and f"decoder.{form} pools all three axes" in warned[0]
+    assert len(warned) == 2 and f"decoder.{form} pools all three axes" in warned[0]
+    assert f"decoder.{form} has an estimator with a linear image" in warned[1]
     found = {}
     for name in ("autoencoderkl", "encoder", "decoder"):
         path = tmp_path / f"{name}.{form}"
@@ -111,7 +113,7 @@ def test_the_originals_names(done, tmp_path, form, capsys):
     for name, network, whole in (
         ("autoencoderkl", AutoencoderKL(**settings["aekl"]), ldae.aekl),
         ("encoder", SemanticEncoder(**settings["encoder"]), ldae.encoder),
-        ("decoder", ShiftUNet(UNet(**settings["unet"]), ldae.code_dim), ldae.decoder),
+        ("decoder", model.build_decoder(settings), ldae.decoder),
     ):
         upstream.load(network, found[name])
         assert checkpoint.weights_hash(network.state_dict()) == checkpoint.weights_hash(whole.state_dict())
