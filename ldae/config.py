@@ -340,7 +340,7 @@ PRESETS = {
         "small": SMALL | SMALL_ENCODER | dict(standardise_codes=True, batch_size=16, accumulate=2, lr=1e-4),
         # From scratch and in minutes: without these the encoder gives every scan the same code.
         "tiny": TINY | TINY_ENCODER | dict(
-            linear_image=True, standardise_codes=True, encoder_dropout=0.0, gamma=-0.5, lr_encoder=3e-4,
+            linear_image=True, standardise_codes=True, encoder_dropout=0.0, gamma=-0.5, lr_encoder=5e-4,
             latent_scale="voxel", batch_size=4, steps=4000, lr=2e-3, ema_decay=0.99, val_every=10, sample_every=50, sample_steps=20,
         ),
     },

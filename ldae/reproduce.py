@@ -1,6 +1,6 @@
 """The claims of LDAE, tested on longitudinal phantoms whose truth is known.
 
-    python ldae/reproduce.py                  # about an hour on two CPU cores
+    python ldae/reproduce.py                  # about an hour on one CPU core
     python ldae/reproduce.py --preset smoke   # the demo: minutes, the same claims on fewer subjects
 
 One cohort (AD, CN, MCI; three sessions each) goes through the documented stages at the `tiny` preset's sizes:
@@ -40,8 +40,8 @@ class Options(CommonOptions):
     sessions: tuple[int, ...] = option((0, 12, 24), "times of the scans", unit="months")
     progression: float = option(2.0, "factor on the phantom's rates of progression")
     aekl_steps: int = option(4000, "steps of stage 1")
-    prior_steps: int = option(4000, "steps of stage 2")
-    repr_steps: int = option(8000, "steps of stage 3")
+    prior_steps: int = option(2500, "steps of stage 2")
+    repr_steps: int = option(10_000, "steps of stage 3")
     table_steps: tuple[int, ...] = option((10, 20, 50, 100), "numbers of sampling steps of the reconstruction table")
     n_table: int = option(36, "test scans of the reconstruction table")
     n_edit: int = option(24, "test scans that are edited")
