@@ -19,7 +19,7 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,15 +167,28 @@ def joined(n: int, pairs) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def clustered(rows: list[Row], groups: list[list[int]]) -> list[Row]:
+    """The rows with a `cluster` wherever groups of copies (indices) join subjects: named after the first of them."""
+    from neuroldm3d.dataset import CLUSTER_COLUMN, cluster_of
+
+    first: dict[str, int] = {}
+    same_subject = [(first.setdefault(cluster_of(row), i), i) for i, row in enumerate(rows)]
+    copies = [(group[0], i) for group in groups for i in group[1:]]
+    result = list(rows)
+    for members in joined(len(rows), same_subject + copies):
+        for i in members:
+            known = rows[i].covariates | {CLUSTER_COLUMN: cluster_of(rows[members[0]])}
+            result[i] = replace(rows[i], covariates=known)
+    return result
+
+
 def duplicate_groups(rows: list[Row], volumes: Volumes, rt=None, threshold: float = THRESHOLD) -> list[list[str]]:
     """Names of rows that are copies of one scan, group by group, seen on prepared (cached) volumes.
 
     rt: with several ranks each prepares its share first; all give the same answer.
     """
     if rt is not None:
-        for row in rt.shard(rows):
-            volumes.load(row)
-        rt.barrier()
+        volumes.fill(rows, rt)
     facts = [Facts("", fingerprint(data), describe(data)) for data in map(volumes.load, rows)]
     pairs = duplicate_pairs(facts, threshold)
     return [[rows[i].name for i in group] for group in joined(len(rows), [(p["a"], p["b"]) for p in pairs])]
@@ -361,7 +374,9 @@ def pseudonym(text: str, salt: str) -> str:
 
 def table_hashes(paths, folder: Path) -> dict[str, str]:
     """SHA-256 (16 digits) of files, by path relative to `folder`."""
-    return {os.path.relpath(p, folder): hashlib.sha256(Path(p).read_bytes()).hexdigest()[:16] for p in paths}
+    from neuroldm3d.dataset import file_hash
+
+    return {os.path.relpath(p, folder): file_hash(p) for p in paths}
 
 
 def default_tables(root: str | Path) -> list[str]:

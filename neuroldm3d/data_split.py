@@ -17,7 +17,7 @@ import io
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,21 +82,6 @@ def split(rows: list[Row], options: Options) -> dict[str, list[Row]]:
     return {name: part for name, part in zip(SPLITS, (train, val, test, reference), strict=True) if part}
 
 
-def group_copies(rows: list[Row], groups: list[list[int]]) -> list[Row]:
-    """The rows with a `cluster` wherever copies of one scan join subjects: named after the first of them."""
-    from neuroldm3d.dataset import CLUSTER_COLUMN, cluster_of
-
-    first: dict[str, int] = {}
-    same_subject = [(first.setdefault(cluster_of(row), i), i) for i, row in enumerate(rows)]
-    copies = [(group[0], i) for group in groups for i in group[1:]]
-    clustered = list(rows)
-    for members in audit.joined(len(rows), same_subject + copies):
-        for i in members:
-            known = rows[i].covariates | {CLUSTER_COLUMN: cluster_of(rows[members[0]])}
-            clustered[i] = replace(rows[i], covariates=known)
-    return clustered
-
-
 def table_text(part: list[Row], columns: list[str], records: dict[str, dict], out: Path, salt: str) -> str:
     """CSV of the master table's columns for these rows, with relative files, and `cluster` where one is known."""
     from neuroldm3d.dataset import CLUSTER_COLUMN, FILE_COLUMN, SUBJECT_COLUMN
@@ -152,7 +137,7 @@ def main() -> None:
         print(audit.summary(report))
         audit.raise_if_blocked(report, out / "audit.json")
         if copies:
-            rows = group_copies(rows, copies)
+            rows = audit.clustered(rows, copies)
             columns = list(dict.fromkeys([*columns, dataset.CLUSTER_COLUMN]))
 
     # ---- split

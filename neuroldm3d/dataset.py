@@ -8,6 +8,7 @@ A table is a CSV in the original's layout: `file` (relative to the folder of the
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -19,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import nifti
+from common import nifti, runtime
 from common.cache import VolumeCache
 from common.cli import UserError
+from common.runlog import progress
 from neuroldm3d import preprocess
 from neuroldm3d.preprocess import Preparation
 
@@ -55,6 +57,11 @@ def stem(path: str | Path) -> str:
 
 
 # ---- tables
+
+
+def file_hash(path: str | Path) -> str:
+    """Sixteen hex digits of the SHA-256 of a table: what records know it by."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def read_csv(path: str | Path) -> tuple[list[str], list[dict]]:
@@ -163,6 +170,15 @@ class Volumes:
         synthetic = self._is_synthetic(row)
         recipe = json.dumps({"synthetic": synthetic, **self.prep.to_dict()})
         return self.cache.get(row.file, recipe, lambda: self._read(row, synthetic).data)
+
+    def fill(self, rows: list[Row], rt: runtime.Runtime) -> None:
+        """Prepare every volume once, shared out over the ranks: bad ones are known before the first step."""
+        mine = rt.shard(rows)
+        with progress(len(mine), 0, "prepare volumes", enabled=rt.is_main) as bar:
+            for row in mine:
+                self.load(row)
+                bar.update()
+        rt.barrier()
 
     def tensor(self, row: Row) -> torch.Tensor:
         """(1, D, H, W) float32."""

@@ -18,6 +18,7 @@ from common.cli import UserError
 
 AXES = "LAS"
 NORMS = ("native", "zscore")
+PUBLISHED_SHAPE, PUBLISHED_STEP_MM, PUBLISHED_ORIGIN_MM = (113, 137, 113), (-1.5, 1.5, 1.5), (84, -120, -72)  # CAT12
 # Of 136 prepared coronal slices the classifier sees 9..123, 112 voxels wide + 2 x 8; other sizes in proportion.
 SLICES, FIRST_SLICE, USED_SLICES, FRAME, MARGIN = 136, 9, 115, 112, 8
 LARGEST = 40.0  # normalised grey-matter maps stay below 10
@@ -110,6 +111,13 @@ def prepared_affine(affine: np.ndarray, shape, prep: Preparation) -> np.ndarray:
     step = np.diag([*factor, 1.0])
     step[:3, 3] = (factor - 1) / 2 + np.array([0, prep.crop_start, 0])  # a resize keeps the outer corners
     return np.asarray(affine, np.float64) @ step
+
+
+def published_affine(prep: Preparation) -> np.ndarray:
+    """Affine (4, 4) of the prepared grid of CAT12's mwp1 files, which the original's arrays do not carry."""
+    affine = np.diag([*PUBLISHED_STEP_MM, 1.0])
+    affine[:3, 3] = PUBLISHED_ORIGIN_MM
+    return prepared_affine(affine, PUBLISHED_SHAPE, prep)
 
 
 def denormalise(array, prep: Preparation):

@@ -278,6 +278,22 @@ def read_pickle(path) -> dict:
     return content
 
 
+def read_item(path, *names: str) -> tuple[list[np.ndarray], int]:
+    """Float32 arrays of these names and the label (0 HC, 1 TLE) of a pickled latent or volume; UserError otherwise."""
+    content = read_pickle(path)
+    if missing := [name for name in (*names, "label") if name not in content]:
+        raise UserError(f"{path} has no {missing[0]} but {', '.join(content) or 'nothing'}; name the right folder")
+    try:
+        arrays, label = [np.asarray(content[name], np.float32) for name in names], np.asarray(content["label"]).item()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no numbers where {', '.join(names)} and one label should be: {error}") from None
+    if label not in (0, 1):
+        raise UserError(f"{path} has label {label!r}; known are 0 (HC) and 1 (TLE)")
+    if odd := [name for name, array in zip(names, arrays, strict=True) if not np.isfinite(array).all()]:
+        raise UserError(f"{path}: {odd[0]} has values that are NaN or Inf; leave the file out")
+    return arrays, int(label)
+
+
 # ----------------------------------------------------------------------------------------------- golden: autoencoder
 
 VAE_FIXED = {  # arguments of the original with which alone it was ever built; others of its arguments have no effect

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from common import metrics
 from common.checkpoint import replacing
 from common.cli import UserError
-from common.runlog import write_json
+from common.runlog import git_revision, write_json
 from neuroldm3d.dataset import CLASSES
 from neuroldm3d.preprocess import Preparation
 
@@ -118,6 +119,16 @@ def to_unit_range(real: torch.Tensor, recon: torch.Tensor) -> tuple[torch.Tensor
     return unit_real, unit_recon.clamp(-1, 1)
 
 
+@torch.no_grad()
+def perceptual_errors(lpips: nn.Module, real: torch.Tensor, recon: torch.Tensor) -> dict[str, float]:
+    """zscored_lpips, the original's number, and unit_range_lpips, on the [-1, 1] that LPIPS was made for.
+
+    lpips: VAE/losses.LPIPS3D. real, recon: z-scored volumes (1, 1, D, H, W) on its device.
+    """
+    pairs = {"zscored_lpips": (real, recon), "unit_range_lpips": to_unit_range(real, recon)}
+    return {name: lpips(b, a).item() for name, (a, b) in pairs.items()}
+
+
 # ---- over subjects
 
 
@@ -153,6 +164,6 @@ def write_report(folder: Path, rows: list[dict], options: dict, seed: int = 0) -
     with replacing(Path(folder) / "per_subject_metrics.csv") as file:
         file.write(text.getvalue().encode())
     summary = {"n": len(rows), "data_range": {"native": DATA_RANGE, "unit": "GM fraction"}, "options": options}
-    summary["metrics"] = summarise(rows, seed)
+    summary |= {"metrics": summarise(rows, seed), "git_revision": git_revision()}
     write_json(Path(folder) / "summary_metrics.json", summary)
     return summary

@@ -7,7 +7,6 @@ per channel of z = mu + sigma·eps over the whole training set. Nothing is pickl
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zipfile
@@ -23,7 +22,7 @@ from torch.utils.data import Dataset
 from common import checkpoint, runtime, training
 from common.checkpoint import replacing
 from common.cli import UserError
-from common.runlog import write_json
+from common.runlog import git_revision, write_json
 from neuroldm3d import upstream
 from neuroldm3d.dataset import CLASSES
 from neuroldm3d.preprocess import Preparation
@@ -114,11 +113,6 @@ def read_latent(path: Path) -> tuple[torch.Tensor, torch.Tensor, int]:
     return torch.from_numpy(mu), torch.from_numpy(logvar), int(label)
 
 
-def file_hash(path: Path) -> str:
-    """Sixteen hex digits of the SHA-256 of a file, such as a table."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
 def label_counts(labels) -> dict[str, int]:
     """{"HC": n, "TLE": n}."""
     counts = Counter(labels)
@@ -149,7 +143,7 @@ def claim_folder(folder: Path, record: dict, splits: dict[str, dict], overwrite:
             file.unlink(missing_ok=True)
         kept = {} if fresh else old["splits"]
         statistics = {} if fresh or "train" in splits else {k: old[k] for k in ("mean", "std") if k in old}
-        record = record | statistics | {"splits": kept | splits}
+        record = record | statistics | {"splits": kept | splits, "git_revision": git_revision()}
         write_json(path, record)
     rt.barrier()
     return json.loads(path.read_text())

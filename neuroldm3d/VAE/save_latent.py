@@ -23,7 +23,6 @@ from common.cli import CommonOptions, UserError, option
 
 HERE = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")
-CAT12_SHAPE, CAT12_STEP_MM, CAT12_ORIGIN_MM = (113, 137, 113), (-1.5, 1.5, 1.5), (84, -120, -72)  # of mwp1 files
 
 
 @dataclass
@@ -136,7 +135,7 @@ def open_tables(options: Options, vae, rt) -> tuple[dict[str, Split], object]:
             return mu[0], logvar[0]
 
         labels = [row.label for row in rows.values()]
-        splits[name] = Split(list(rows), labels, latents.file_hash(path), read)
+        splits[name] = Split(list(rows), labels, dataset.file_hash(path), read)
         affines |= {row.name: volumes.affine(row) for row in rows.values()}
     first = next(iter(affines.values()))
     if odd := [name for name, affine in affines.items() if not np.allclose(affine, first, atol=0.1)]:
@@ -147,7 +146,6 @@ def open_tables(options: Options, vae, rt) -> tuple[dict[str, Split], object]:
 
 def open_pickles(options: Options, vae) -> tuple[dict[str, Split], object]:
     """The splits of a folder of the original's pickles, and the affine of its published grid."""
-    import numpy as np
     import torch
 
     from neuroldm3d import preprocess, upstream
@@ -161,19 +159,16 @@ def open_pickles(options: Options, vae) -> tuple[dict[str, Split], object]:
                             "val/, or leave a split out with --splits")  # fmt: skip
 
         def read(stem, files=files):
-            content = upstream.read_pickle(files[stem])
-            mu, logvar = (torch.from_numpy(np.asarray(content[key], np.float32)) for key in ("mu", "logvar"))
+            mu, logvar = map(torch.from_numpy, upstream.read_item(files[stem], "mu", "logvar")[0])
             if tuple(mu.shape) != vae.latent_shape or mu.shape != logvar.shape:
                 raise UserError(f"{files[stem]} has latents of shape {tuple(mu.shape)}, this VAE makes "
                                 f"{vae.latent_shape}; name the VAE that made them")  # fmt: skip
             return mu, logvar
 
         names = sorted(files)
-        labels = [int(upstream.read_pickle(files[stem])["label"]) for stem in names]
+        labels = [upstream.read_item(files[stem])[1] for stem in names]
         splits[name] = Split(names, labels, None, read)
-    affine = np.diag([*CAT12_STEP_MM, 1.0])
-    affine[:3, 3] = CAT12_ORIGIN_MM
-    return splits, preprocess.prepared_affine(affine, CAT12_SHAPE, vae.preparation)
+    return splits, preprocess.published_affine(vae.preparation)
 
 
 if __name__ == "__main__":

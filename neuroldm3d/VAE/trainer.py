@@ -92,7 +92,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
     rows, held_out = (dataset.read_table(path, config.label_column) for path in (config.train_csv, config.val_csv))
     dataset.check_disjoint({config.train_csv: rows, config.val_csv: held_out})
     volumes = dataset.Volumes(prep, None if config.cache == "none" else config.cache)
-    fill_cache(volumes, rows + held_out, rt)
+    volumes.fill(rows + held_out, rt)
     steps_per_epoch = math.ceil(len(rows) / config.batch_size)
     total = config.steps or config.epochs * steps_per_epoch
     last_step = min(total, config.max_steps or total)
@@ -119,7 +119,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
     folder, best_path = Path(config.run), config.best_path
     last_path = folder / "checkpoints" / "last.pt"
     training.claim_run(best_path, last_path, config, rt)
-    data = {"train_csv": latents.file_hash(config.train_csv), "train_names": [row.name for row in rows]}
+    data = {"train_csv": dataset.file_hash(config.train_csv), "train_names": [row.name for row in rows]}
     settings = frozen(config, {"data", "model", "loss", "training"}) | data
     settings |= {"seed": config.seed, "precision": config.precision, "init": source}
     objects = {"vae": vae, "optimizer": optimizer, "scaler": scaler, "means": means} | ({"ema": ema} if ema else {})
@@ -146,7 +146,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
     batches = runtime.training_batches(stream, config.batch_size, step, config.seed, rt, config.num_workers)
     latent_shape = (config.latent_channels, *(n // vae.compression for n in prep.shape))
     options = training.recorded(config)
-    fingerprint = {"train": data["train_csv"], "validation": latents.file_hash(config.val_csv), "n": len(rows)}
+    fingerprint = {"train": data["train_csv"], "validation": dataset.file_hash(config.val_csv), "n": len(rows)}
     with (
         RunLog(folder, options, start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
         runtime.StopRequest() as stop,
@@ -250,16 +250,6 @@ def window(prep: Preparation) -> tuple[float, float] | None:
 
 def preparation(config: Config) -> Preparation:
     return Preparation(config.shape, config.crop_start, config.norm, config.norm_scale)
-
-
-def fill_cache(volumes: dataset.Volumes, rows: list[dataset.Row], rt: runtime.Runtime) -> None:
-    """Prepare every volume once, sharded over ranks: bad ones are known before the first step."""
-    mine = rt.shard(rows)
-    with progress(len(mine), 0, "prepare volumes", enabled=rt.is_main) as bar:
-        for row in mine:
-            volumes.load(row)
-            bar.update()
-    rt.barrier()
 
 
 def load_init(vae: AutoencoderKL, config: Config, prep: Preparation, rt: runtime.Runtime) -> str:

@@ -6,16 +6,14 @@ together never crosses from training to validation or test.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common import runtime
 from common.cli import UserError
-from common.runlog import progress
 from common.training import read_record
 from neuroldm3d import audit, dataset
 from neuroldm3d.classifier import metrics
@@ -118,20 +116,8 @@ def separate(tables: dict[str, list[Row]], twins: list[list[str]], config: Confi
 
 def joined(rows: list[Row], twins: list[list[str]]) -> list[Row]:
     """The rows with `cluster` set such that subjects and twins stay together."""
-    names = {row.name for row in rows}
-    leader = {dataset.cluster_of(row): dataset.cluster_of(row) for row in rows}
-    cluster = {row.name: dataset.cluster_of(row) for row in rows}
-
-    def root(key: str) -> str:
-        while leader[key] != key:
-            key = leader[key]
-        return key
-
-    for group in twins:
-        keys = [root(cluster[name]) for name in group if name in names]
-        for key in keys[1:]:
-            leader[root(key)] = root(keys[0])
-    return [replace(row, covariates=row.covariates | {"cluster": root(cluster[row.name])}) for row in rows]
+    place = {row.name: i for i, row in enumerate(rows)}
+    return audit.clustered(rows, [[place[name] for name in group if name in place] for group in twins])
 
 
 # ---- folds
@@ -192,16 +178,11 @@ def generator_record(config: Config, rt: runtime.Runtime) -> dict | None:
     if not config.num_synth_samples or not path.is_file():
         return None
     about = read_record(path, (), "generate the volumes again").get("training")
-    known = bool(about) and about["csv_hash"] == file_hash(Path(config.train_csv))
+    known = bool(about) and about["csv_hash"] == dataset.file_hash(config.train_csv)
     if not known:
         rt.print(f"note: the generator of {config.synthetic} was not trained on {config.train_csv}: make sure that it "
                  "has seen no validation or test subject")  # fmt: skip
     return {"trained_on": about, "same_training_table": known}
-
-
-def file_hash(path: Path) -> str:
-    """As in VAE/latents.py: sixteen hex digits of the SHA-256 of a table."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def check_classes(folds: list[Fold]) -> None:
@@ -212,15 +193,9 @@ def check_classes(folds: list[Fold]) -> None:
                                 "it needs HC and TLE: give more rows or fewer --folds")  # fmt: skip
 
 
-def fill_cache(volumes: dataset.Volumes, folds: list[Fold], rt: runtime.Runtime) -> None:
-    """Prepare every volume once, sharded over ranks: bad ones are known before the first step."""
-    rows = {row.file: row for fold in folds for row in fold.rows + fold.val + fold.test}
-    mine = rt.shard(list(rows.values()))
-    with progress(len(mine), 0, "prepare volumes", enabled=rt.is_main) as bar:
-        for row in mine:
-            volumes.load(row)
-            bar.update()
-    rt.barrier()
+def all_rows(folds: list[Fold]) -> list[Row]:
+    """Every row of every fold, once."""
+    return list({row.file: row for fold in folds for row in fold.rows + fold.val + fold.test}.values())
 
 
 # ---- records

@@ -93,8 +93,8 @@ class Config(TrainOptions):
                             "between 0 and 1")  # fmt: skip
         if self.leave_site_out and (self.folds or self.fold_pool != "all"):
             raise UserError("--leave_site_out makes its own folds, over all tables: give neither --folds nor --fold_pool held_out")
-        if min(self.lr_t0, self.lr_t_mult, self.eval_batch) < 1:
-            raise UserError("--lr_t0, --lr_t_mult and --eval_batch start at 1")
+        if min(self.lr_t0, self.lr_t_mult, self.eval_batch, self.bootstrap) < 1:
+            raise UserError("--lr_t0, --lr_t_mult, --eval_batch and --bootstrap start at 1")
         if self.weights and (self.model, self.width, self.depth) != ("2d", 1.0, 1.0):
             raise UserError("--weights are of the full EfficientNetV2-L: give --model 2d --width 1 --depth 1")
 

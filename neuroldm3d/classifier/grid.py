@@ -179,7 +179,8 @@ def aggregate(config: GridConfig, cells: list[Cell]) -> dict:
         "n_folds": len(reference.labels),
         "margin": config.margin,
         "tests": "DeLong on probabilities averaged over seeds, fold by fold; p_holm and p_bh over all comparisons "
-        "listed; over_seeds: t interval of the differences seed by seed",
+        "listed; bootstrap_ci95: test subjects drawn anew within folds and classes, the same for both cells; "
+        "over_seeds: t interval of the differences seed by seed",
         "notes": notes(config, cells),
     }
 
@@ -215,11 +216,14 @@ def compare(config: GridConfig, results: dict[str, Results], name: str, baseline
     delta, se = metrics.difference(areas, covariance, 0, 1)
     z, p = metrics.z_test(delta, se)
     half = stats.norm.ppf((1 + metrics.LEVEL) / 2) * se
+    drawn = np.mean([metrics.bootstrap_auc(y, pair, seed=(config.seed, fold), resamples=config.bootstrap)
+                     for fold, (y, pair) in enumerate(zip(a.labels, both, strict=True))], axis=0)  # fmt: skip
+    bootstrapped = np.quantile(drawn[:, 0] - drawn[:, 1], [(1 - metrics.LEVEL) / 2, (1 + metrics.LEVEL) / 2]).tolist()
     labels, first, second = (np.concatenate(parts) for parts in (a.labels, a.scores, b.scores))
     mcnemar = metrics.mcnemar(labels, first >= trainer.THRESHOLD, second >= trainer.THRESHOLD)
     return {
         "cell": name, "baseline": baseline, "delta_auc": delta, "ci95": [delta - half, delta + half], "se": se, "z": z,
-        "p": p, "over_seeds": over_seeds(a.values("auc_roc") - b.values("auc_roc")),
+        "p": p, "bootstrap_ci95": bootstrapped, "over_seeds": over_seeds(a.values("auc_roc") - b.values("auc_roc")),
         "p_equivalence": metrics.tost(delta, se, config.margin)[0],
         "p_non_inferiority": metrics.non_inferiority(delta, se, config.margin),
         "minimum_detectable": metrics.minimum_detectable_effect(se, ALPHA),

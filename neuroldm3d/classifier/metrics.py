@@ -247,7 +247,7 @@ def mcnemar(labels, called_a, called_b) -> tuple[int, int, float]:
     return b, c, float(stats.binomtest(min(b, c), b + c).pvalue) if b + c else 1.0
 
 
-def stratified_draws(labels, *, seed, resamples: int):
+def stratified_draws(labels, *, seed: int | tuple, resamples: int):
     """Index arrays of class-stratified bootstrap samples, TLE drawn before HC."""
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
     members = [np.flatnonzero(labels == label) for label in (1, 0)]
@@ -255,7 +255,7 @@ def stratified_draws(labels, *, seed, resamples: int):
         yield np.concatenate([rng.choice(part, len(part)) for part in members])
 
 
-def bootstrap_auc(labels, scores, *, seed: int, resamples: int) -> np.ndarray:
+def bootstrap_auc(labels, scores, *, seed: int | tuple, resamples: int) -> np.ndarray:
     """AUC (resamples, k) of k score vectors, all on the same resampled subjects."""
     labels, scores = _arrays(labels, scores)
     return np.array([auc(labels[i], scores[..., i]) for i in stratified_draws(labels, seed=seed, resamples=resamples)])

@@ -18,8 +18,6 @@ from common import checkpoint
 from common.blocks3d import SyncBatchNorm3d
 from common.cli import UserError
 
-KINDS = ("2d", "3d")
-
 # Stages of EfficientNetV2-L: block, expansion, stride, channels, repeats. The stem has 32 channels, the head 1280.
 STAGES = (
     ("fused", 1, 1, 32, 4),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common import figures, nifti, runtime, training
 from common.cli import UserError, to_dict
 from common.metrics import bootstrap_interval
-from common.runlog import progress, write_json
+from common.runlog import git_revision, progress, write_json
 from neuroldm3d import dataset, preprocess, regions
 from neuroldm3d.classifier import attribution, composition, metrics, trainer
 from neuroldm3d.classifier.config import RunSaliencyOptions, SaliencyOptions
@@ -126,6 +126,7 @@ def generate(options: SaliencyOptions, rows: list[Row], model_path: Path, out: P
         write_tables(out, found)
         write_group_maps(study, sums, rows)
         report = record(options, rows, saved) | summarise(found, options) | {"sanity": sane}
+        report["git_revision"] = git_revision()
         write_json(out / "saliency.json", trainer.json_ready(report))
         print_report(report, out, rt)
     rt.barrier()

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from common import checkpoint, runtime, training
 from common.checkpoint import replacing
 from common.cli import UserError, frozen
-from common.runlog import Means, RunLog, progress, write_json
+from common.runlog import Means, RunLog, git_revision, progress, write_json
 from neuroldm3d import dataset, preprocess, upstream
 from neuroldm3d.classifier import composition, metrics
 from neuroldm3d.classifier.composition import Fold
@@ -164,15 +164,18 @@ def train(config: Config, rt: runtime.Runtime, twins: list[list[str]] | None = N
     folds = composition.compose(tables, twins, config, rt)
     for fold in folds:
         dataset.balanced_batches([row.label for row in fold.rows], config.batch_size, 0, config.seed)  # may be refused
-    composition.fill_cache(volumes, folds, rt)
+    volumes.fill(composition.all_rows(folds), rt)
     counts = [composition.counts(fold) for fold in folds]
     generator = composition.generator_record(config, rt) if rt.is_main else None
+    if config.model == "2d" and not config.weights:
+        rt.print("note: EfficientNetV2 starts from scratch, the original's from ImageNet weights (--weights FILE)")
     rt.print(f"{config.mode}: {json.dumps(counts[0])}" + (f" and {len(folds) - 1} more folds" if folds[1:] else ""))
     for fold in folds:
         train_fold(config, rt, fold, volumes)
         evaluate_fold(config, rt, fold, volumes)
     if rt.is_main:  # not before: a run that is refused must leave the record of the finished one
         record = {"options": training.recorded(config), "mode": config.mode, "folds": counts, "generator": generator}
+        record["git_revision"] = git_revision()
         write_json(config.folder / "parameters.json", record)
     return summarise(config, rt, folds)
 
@@ -339,6 +342,7 @@ def evaluate_fold(config: Config, rt: runtime.Runtime, fold: Fold, volumes: data
         "temperature_from_validation": saved["temperature"],
         "composition": composition.counts(fold),
         "test": judge([labels], [probabilities(logits)], THRESHOLD, config),
+        "called_tle_by_group": calls_by_group(fold, logits),
         "test_at_validation_threshold": judge([labels], [probabilities(logits)], saved["threshold"], config),
         "calibration": {"raw": metrics.calibration(labels, logits),
                         "temperature": metrics.calibration(labels, logits / saved["temperature"])},
@@ -346,6 +350,16 @@ def evaluate_fold(config: Config, rt: runtime.Runtime, fold: Fold, volumes: data
     }  # fmt: skip
     report["collapsed"] = min(report["test"]["sensitivity"]["value"], report["test"]["specificity"]["value"]) == 0
     write_json(folder / "fold_metrics.json", json_ready(report))
+
+
+def calls_by_group(fold: Fold, logits) -> dict[str, dict]:
+    """Of HC, left, right: test volumes, how many are called TLE at 0.5, and that share with Wilson's interval."""
+    called, table = probabilities(logits) >= THRESHOLD, {}
+    for group in sorted({row.group for row in fold.test}):
+        inside = np.array([row.group == group for row in fold.test])
+        n, tle = int(inside.sum()), int(called[inside].sum())
+        table[group] = {"n": n, "called_tle": tle, "share": tle / n, "ci95": metrics.wilson(tle, n)}
+    return table
 
 
 def judge(labels: list, scores: list, threshold: float, config: Config) -> dict:

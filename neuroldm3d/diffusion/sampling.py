@@ -16,7 +16,7 @@ import torch
 from common import checkpoint, nifti, runtime, schedulers, training
 from common.checkpoint import replacing
 from common.cli import UserError
-from common.runlog import write_json
+from common.runlog import git_revision, write_json
 from neuroldm3d import preprocess, upstream
 from neuroldm3d.dataset import CLASSES, SYNTHETIC_RECORD
 from neuroldm3d.diffusion.model import DiT3D
@@ -185,7 +185,7 @@ def claim_folder(out: Path, record: dict, overwrite: bool, rt: runtime.Runtime) 
         for name in old["files"] if changed else ():
             (out / name).unlink(missing_ok=True)
             array_path(out / name).unlink(missing_ok=True)
-        write_json(path, record)
+        write_json(path, record | {"git_revision": git_revision()})
     rt.barrier()
 
 

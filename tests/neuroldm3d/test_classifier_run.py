@@ -100,10 +100,11 @@ def test_comparison_of_a_cell_with_itself_and_with_a_better_one():
     results = {"a": results_of("a"), "b": results_of("a"), "c": results_of("c", shift=2.0)}
     same = grid.compare(GridConfig(), results, "a", "b")
     assert (same["delta_auc"], same["p"], same["over_seeds"]["sd"]) == (0, 1, 0)
-    assert same["p_equivalence"] == 0 and same["mcnemar"]["p"] == 1
+    assert same["p_equivalence"] == 0 and same["mcnemar"]["p"] == 1 and same["bootstrap_ci95"] == [0, 0]
     better = grid.compare(GridConfig(), results, "c", "a")
     assert better["delta_auc"] > 0.2 and better["p"] < 1e-3 and better["ci95"][0] > 0
     assert better["over_seeds"]["ci95"][0] > 0 and better["p_non_inferiority"] < 1e-3 < better["p_equivalence"]
+    assert better["bootstrap_ci95"] == pytest.approx(better["ci95"], abs=0.03)  # another way to the same interval
     labels = results["c"].labels[0]
     stacked = np.stack([results["c"].scores[0], results["a"].scores[0]])
     z, p = metrics.z_test(*metrics.difference(*metrics.delong(labels, stacked), 0, 1))

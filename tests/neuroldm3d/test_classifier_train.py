@@ -318,7 +318,8 @@ SLICES = ("--model", "2d", "--width", 0.125, "--depth", 0.05, "--drop_path", 0.5
 def test_other_networks_and_schedules_continue_exactly(trained, tmp_path, options):  # noqa: F811
     """The plateau's state, dropout and stochastic depth are resumed, too."""
     one, two = (fresh(trained, tmp_path / name) for name in ("one", "two"))
-    call(one, *options)
+    printed = call(one, *options)
+    assert ("starts from scratch" in printed) == (options is SLICES)  # without ImageNet weights, said aloud
     call(two, *options, "--max_steps", 6)
     call(two, *options)
     assert_same_run(one, two)
@@ -431,6 +432,11 @@ def test_reports_follow_from_the_predictions(trained):  # noqa: F811
         for key, value in metrics.rates(**counts).items():
             assert report[name][key]["value"] == pytest.approx(value)
     assert report["test"]["auc_roc"]["value"] == pytest.approx(metrics.auc(labels, scores))
+    for group, found in report["called_tle_by_group"].items():  # left and right TLE are merged, not lost
+        called = [row["predicted_score"] >= 0.5 for row in rows if row["group"] == group]
+        assert (found["n"], found["called_tle"], found["share"]) == (len(called), sum(called), np.mean(called))
+        assert found["ci95"] == metrics.wilson(sum(called), len(called))
+    assert set(report["called_tle_by_group"]) == {"HC", "left", "right"} == {row["group"] for row in rows}
     kinds = Counter(row["performance_type"] for row in rows)
     assert {k.upper(): n for k, n in report["test"]["counts"].items() if n} == dict(kinds)
     temperature = report["temperature_from_validation"]
@@ -445,6 +451,22 @@ def test_reports_follow_from_the_predictions(trained):  # noqa: F811
     assert set(report["calibration"]) == {"raw", "temperature"} and report["site_only"]["sites"] > 1
     text = (run_folder(trained) / "all_folds_metrics.json").read_text() + (folder / "fold_metrics.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
+
+
+def test_a_collapsed_fold_is_named(trained, tmp_path):  # noqa: F811
+    """D9: weights that call everybody HC; testing them again says so in both reports."""
+    report = read_json(run_folder(trained) / "fold_1" / "fold_metrics.json")
+    assert report["collapsed"] == (0 in [report["test"][name]["value"] for name in ("sensitivity", "specificity")])
+    root = shutil.copytree(trained, tmp_path / "study")
+    path = run_folder(root) / "fold_1" / "best_model.pth"
+    saved = checkpoint.load(path)
+    saved["state_dict"]["fc2.weight"].zero_()
+    saved["state_dict"]["fc2.bias"].fill_(-5)
+    checkpoint.save(path, saved)
+    call(root)
+    report = read_json(path.with_name("fold_metrics.json"))
+    assert report["test"]["sensitivity"]["value"] == 0 and report["collapsed"]
+    assert read_json(run_folder(root) / "all_folds_metrics.json")["collapsed_folds"] == [1]
 
 
 def test_threshold_and_temperature_come_from_validation(trained):  # noqa: F811
@@ -487,6 +509,7 @@ def test_checkpoints_need_no_pickle(trained):  # noqa: F811
     (("--shape", 32, 60, 32), "has no coronal slices 1 to 60"),
     (("--model", "2d", "--weights", "w.pth", "--width", 0.5), "--weights are of the full EfficientNetV2-L"),
     (("--val_every", 0), "--val_every 0: must be at least 1"),
+    (("--bootstrap", 0), "--bootstrap start at 1"),
     (("--test_csv", "nowhere.csv"), "no table nowhere.csv"),
 ])  # fmt: skip
 def test_bad_options_are_one_line_before_any_training(study, options, message):

@@ -11,8 +11,12 @@ import torch
 
 from common import nifti, runtime
 from common.cli import UserError
-from neuroldm3d import dataset
-from neuroldm3d.VAE import generate_synthetic_samples, infer, latents
+from common.lpips import LPIPS
+from neuroldm3d import dataset, preprocess
+from neuroldm3d.classifier import train as classifier_train
+from neuroldm3d.diffusion import per_slice_fid
+from neuroldm3d.VAE import evaluation, generate_synthetic_samples, infer, latents
+from neuroldm3d.VAE.losses import LPIPS3D
 from tests.helpers import run_main
 from tests.neuroldm3d.stages import COMMON, best, encode, train_vae, trained
 
@@ -28,7 +32,9 @@ def copy(done, tmp_path):
 
 
 def record_of(root):
-    return json.loads((root / "latent_data" / "latents.json").read_text())
+    """latents.json but for the code version, which another commit beside a running test would change."""
+    record = json.loads((root / "latent_data" / "latents.json").read_text())
+    return {key: value for key, value in record.items() if key != "git_revision"}
 
 
 def files(root):
@@ -75,7 +81,7 @@ def test_record_names_vae_table_labels_and_grid(done):
     rows = dataset.read_table(done / "data_csvs" / "train.csv")
     assert train["names"] == [row.name for row in rows] and train["labels"] == [row.label for row in rows]
     assert train["label_counts"] == {"HC": 5, "TLE": 7}
-    assert train["csv_hash"] == latents.file_hash(done / "data_csvs" / "train.csv")
+    assert train["csv_hash"] == dataset.file_hash(done / "data_csvs" / "train.csv")
     assert np.allclose(record["affine"], dataset.Volumes(vae.preparation, None).affine(rows[0]))
 
 
@@ -230,6 +236,11 @@ def test_pickled_latents_are_imported_only_when_trusted(copy, tmp_path, capsys):
     for name in names:
         assert (out / f"train/{name}_latent.npz").read_bytes() == files(copy)[f"train/{name}_latent.npz"]
 
+    for content, words in (({"mu": 0, "label": 1}, "has no logvar"), ({"mu": 0, "logvar": 0, "label": 2}, "label 2"),
+                           ({"mu": "a", "logvar": 0, "label": 0}, "no numbers")):  # fmt: skip
+        (old / "val" / "x_latent.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(UserError, match=f"x_latent.pkl.*{words}"):
+            encode(copy, "--pickles", old, "--latents", tmp_path / "odd", "--trust_pickle")
     (old / "val" / "x_latent.pkl").write_bytes(pickle.dumps({"mu": Malicious(), "logvar": 0, "label": 0}))
     with pytest.raises(UserError, match="x_latent.pkl is refused"):
         encode(copy, "--pickles", old, "--latents", tmp_path / "other", "--trust_pickle")
@@ -238,15 +249,9 @@ def test_pickled_latents_are_imported_only_when_trusted(copy, tmp_path, capsys):
         encode(copy, "--pickles", old, "--latents", out, "--trust_pickle", "--splits", "test")
 
 
-def test_published_grid_of_imported_latents(tmp_path):
+def test_published_grid_of_what_is_imported():
     """Pickles know no affine; theirs is that of CAT12's maps after preparation (specification, 2.1)."""
-    from neuroldm3d.VAE.save_latent import CAT12_ORIGIN_MM, CAT12_SHAPE, CAT12_STEP_MM
-
-    affine = np.diag([*CAT12_STEP_MM, 1.0])
-    affine[:3, 3] = CAT12_ORIGIN_MM
-    from neuroldm3d.preprocess import Preparation, prepared_affine
-
-    found = prepared_affine(affine, CAT12_SHAPE, Preparation())
+    found = preprocess.published_affine(preprocess.Preparation())
     assert np.allclose(np.diag(found)[:3], (-1.51339, 1.5, 1.51339), atol=1e-4)
     assert np.allclose(found[:3, 3], (83.9933, -118.5, -71.9933), atol=1e-4)
 
@@ -281,6 +286,67 @@ def test_reconstructions_lie_on_the_prepared_grid_with_their_metrics(copy):
     assert float(cells["native_mse"]) == pytest.approx(np.mean((pair[0] - pair[1]) ** 2), rel=1e-4)
     summary = json.loads((out / "summary_metrics.json").read_text())
     assert summary["n"] == 6 and summary["options"]["vae"] == vae.hash
+
+
+def test_regions_of_another_grid_are_refused(copy):
+    maps = copy / "data" / "regions"
+    path = maps / dataset.read_table(copy / "data_csvs" / "val.csv")[0].file.name
+    labels = nifti.load_labels(path)
+    nifti.save(path, labels.data[:-1], labels.affine, dtype=np.int16)
+    with pytest.raises(UserError, match="region map .* has shape .*make it on the same grid"):
+        run_infer(copy, "--regions", maps)
+
+
+def test_real_maps_through_the_vae_as_a_control_arm(copy):
+    """Defect D23: real maps, as smooth as samples, that every evaluation takes in the place of samples."""
+    table, arm = copy / "data_csvs" / "train.csv", copy / "smooth_train"
+    run_infer(copy, "--csv", table, "--out", copy / "recon_train", "--arm", arm)
+    vae, rt = load_vae(copy)
+    volumes, real = dataset.Volumes(vae.preparation, None), dataset.read_table(table)
+    rows = {row.name: row for row in dataset.synthetic_rows(arm)}
+    assert rows.keys() == {row.name for row in real}
+    for row in real:
+        x_hat = latents.decode(vae.model, latents.encode(vae.model, volumes.tensor(row)[None], rt)[0], rt)[0]
+        found = volumes.load(rows[row.name])
+        assert rows[row.name].label == row.label and np.allclose(found, x_hat.clamp(min=0), atol=1e-5)
+        assert np.allclose(volumes.affine(rows[row.name]), volumes.affine(row), atol=1e-4)
+    smoke = ("--preset", "smoke", "--bootstrap", 0, "--synthetic_folder", arm)
+    run_main(per_slice_fid, "--root", copy, *COMMON, *smoke)
+    found = json.loads((copy / "fid_results" / "fid_results.json").read_text())
+    assert set(found["selection"]["synthetic"]) <= rows.keys()
+    small = "--preset smoke --shape 16 20 16 --crop_start 10 --filters 4 8 --batch_size 4 --max_steps 2 --bootstrap 10"
+    options = (*small.split(), "--num_samples", 0, "--num_synth_samples", 10, "--synthetic", arm)
+    run_main(classifier_train, "--root", copy, *COMMON, *options)
+    used = json.loads((copy / "runs/classifier/exp_1/fold_1/files.json").read_text())["train_synthetic"]
+    assert len(used) == 10 and all(Path(file).parts[0] == "smooth_train" for file in used)
+
+
+def test_perceptual_errors_of_reconstructions(copy, tmp_path):
+    """Published number (z-scores as they are) and LPIPS on the range it was made for; both 0 for the same volume."""
+    torch.manual_seed(0)
+    network = LPIPS("alex").eval()
+    state = {key: value for key, value in network.state_dict().items() if key.startswith("features")}
+    torch.save(state, tmp_path / "backbone.pth")
+    heads = {f"lin{i}.model.1.weight": head.data for i, head in enumerate(network.heads)}
+    torch.save(heads, tmp_path / "heads.pth")
+    shutil.rmtree(copy / "runs" / "vae")
+    train_vae(copy, "--shape", 32, 40, 32, "--crop_start", 1, "--max_steps", 1)  # LPIPS needs 31 voxels
+    run_infer(copy, "--max_files", 1, "--lpips_weights", tmp_path / "backbone.pth", tmp_path / "heads.pth")
+    lines = (copy / "reconstructions" / "per_subject_metrics.csv").read_text().splitlines()
+    found = dict(zip(*(line.split(",") for line in lines), strict=True))
+    pair = []
+    for kind in ("original", "recon"):
+        stored = nifti.load(copy / "reconstructions" / f"{found['name']}_{kind}.nii.gz")
+        pair.append(nifti.reorient(stored.data, stored.affine, "LAS")[0].astype("f8"))
+    source = nifti.load(dataset.read_table(copy / "data_csvs" / "val.csv")[0].file).data.astype("f8")
+    real, recon = (torch.from_numpy((x - source.mean()) / source.std())[None, None].float() for x in pair)
+    lpips = LPIPS3D(network)
+    with torch.no_grad():
+        assert float(found["zscored_lpips"]) == pytest.approx(lpips(recon, real).item(), rel=1e-3)
+        unit_real, unit_recon = evaluation.to_unit_range(real, recon)
+        assert float(found["unit_range_lpips"]) == pytest.approx(lpips(unit_recon, unit_real).item(), rel=1e-3)
+        assert evaluation.perceptual_errors(lpips, real, real) == {"zscored_lpips": 0.0, "unit_range_lpips": 0.0}
+    assert float(found["zscored_lpips"]) > 0 and float(found["unit_range_lpips"]) != float(found["zscored_lpips"])
 
 
 def test_reconstructions_of_other_settings_are_refused(copy):

@@ -101,6 +101,21 @@ def test_every_stage_leaves_its_report(done):
     assert len(rows(done / "runs/classifier/exp_1/saliency/attribution_statistics.csv")[0]) == 13
 
 
+def test_every_output_names_the_code_that_made_it(done):
+    """A commit, or null outside a clone; and where weights made it, their hash."""
+    names = ("data_csvs/split.json runs/vae/manifest.json latent_data/latents.json runs/dit/manifest.json "
+             "synthetic_data/synthetic.json fid_results/fid_results.json memorisation_results/summary.json "
+             "reconstructions/summary_metrics.json reconstructions/reconstructions.json vae_prior/synthetic.json "
+             "runs/classifier/exp_1/parameters.json runs/classifier/exp_1/saliency/saliency.json").split()  # fmt: skip
+    found = {name: read(done, name) for name in names}
+    assert [name for name in names if not (found[name]["git_revision"] or not (ROOT / ".git").exists())] == []
+    vae, dit = (torch.load(done / path, weights_only=True)["hash"] for path in
+                ("runs/vae/best_vae.pth", "runs/dit/epoch_best.pth"))  # fmt: skip
+    made_with = {name: found[name].get("vae") for name in ("latent_data/latents.json", "synthetic_data/synthetic.json",
+                 "vae_prior/synthetic.json", "memorisation_results/summary.json")}  # fmt: skip
+    assert set(made_with.values()) == {vae} and found["synthetic_data/synthetic.json"]["dit"] == dit
+
+
 def test_the_tables_share_nobody(done):
     """Facts 9 and 39: the split by data_split.py is what the stages used; its ids are hashes."""
     split = {name: rows(done / f"data_csvs/{name}.csv") for name in ("train", "val", "test")}

@@ -1,6 +1,7 @@
 """save_synth.py: exactly n distinct volumes per class, the same bytes whatever batch, rank or interruption."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -9,9 +10,12 @@ import torch
 
 from common import nifti, runtime
 from common.cli import UserError
-from neuroldm3d import dataset
+from neuroldm3d import dataset, upstream
 from neuroldm3d.diffusion import sampling, save_synth
+from neuroldm3d.diffusion.model import SIZES, DiT3D
+from neuroldm3d.preprocess import Preparation
 from neuroldm3d.VAE import latents
+from neuroldm3d.VAE.model import AutoencoderKL
 from tests.helpers import kill_and_resume, run_main, run_script, two_ranks
 from tests.neuroldm3d.stages import COMMON, best, encode, train_dit, trained
 
@@ -35,7 +39,9 @@ def contents(out):
 
 
 def record_of(out):
-    return json.loads((out / "synthetic.json").read_text())
+    """synthetic.json but for the code version, which another commit beside a running test would change."""
+    record = json.loads((out / "synthetic.json").read_text())
+    return {key: value for key, value in record.items() if key != "git_revision"}
 
 
 def test_exactly_n_distinct_volumes_with_the_labels_asked_for(done, tmp_path):
@@ -88,7 +94,7 @@ def test_volumes_lie_on_the_training_grid_in_native_units(done, tmp_path):
     assert record["units"] == "GM fraction" and record["preparation"] == vae.preparation.to_dict()
     assert record["vae"] == vae.hash and record["dit"] == dit.hash and record["classes"] == ["HC", "TLE"]
     assert record["training"] == {"label_counts": {"HC": 5, "TLE": 7},
-                                  "csv_hash": latents.file_hash(done / "data_csvs" / "train.csv")}  # fmt: skip
+                                  "csv_hash": dataset.file_hash(done / "data_csvs" / "train.csv")}  # fmt: skip
     clipped = synth(done, tmp_path / "clipped", "--n_per_class", 0, 1)
     assert len(clipped) == 1
     data = nifti.load(tmp_path / "clipped/TLE/TLE_00000.nii.gz").data
@@ -220,6 +226,80 @@ def test_nothing_pickled_and_no_absolute_path(done, tmp_path):
     assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".gz", ".npz", ".json"}
     text = (tmp_path / "out" / "synthetic.json").read_text()
     assert str(done.parent) not in text and str(tmp_path) not in text
+
+
+# ---- the original's files
+
+SHAPE = (112, 136, 112)
+
+
+def pickled(path, label, image=None):
+    """A volume as the original pickles it; z-scores that differ by file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if image is None:
+        image = np.random.default_rng(len(path.stem) + label).standard_normal(SHAPE, dtype=np.float32)
+    path.write_bytes(pickle.dumps({"image": image, "label": label}))
+    return image
+
+
+def import_pickles(out, *args):
+    run_main(save_synth, "--out", out, *COMMON, *args)
+
+
+def test_pickled_volumes_of_the_original_become_ordinary_ones(tmp_path):
+    """Fact 38: z-scores on the published grid, read back as they were; kept when the command is repeated."""
+    images = {f"HC/{n}_0": pickled(tmp_path / f"hc/{n}_0.pkl", 0) for n in (0, 10)}
+    images |= {"TLE/3_1": pickled(tmp_path / "tle/3_1.pkl", 1)}
+    args = ("--pickles", tmp_path / "hc", tmp_path / "tle", "--trust_pickle")
+    import_pickles(tmp_path / "out", *args)
+    prep = Preparation(norm="zscore")
+    volumes, rows = dataset.Volumes(prep, None), dataset.synthetic_rows(tmp_path / "out")
+    assert [(row.name, row.label) for row in rows] == [("0_0", 0), ("10_0", 0), ("3_1", 1)]
+    for row in rows:
+        assert np.array_equal(volumes.load(row), images[f"{row.file.parent.name}/{row.name}"])
+        assert np.allclose(volumes.affine(row)[:3, 3], (83.9933, -118.5, -71.9933), atol=1e-4)
+    stamps = {row.file: row.file.stat().st_mtime_ns for row in rows}
+    rows[1].file.unlink()
+    import_pickles(tmp_path / "out", *args)
+    assert rows[1].file.is_file() and stamps[rows[0].file] == rows[0].file.stat().st_mtime_ns
+
+
+def test_pickled_volumes_that_are_refused(tmp_path, capsys):
+    pickled(tmp_path / "a/0_0.pkl", 0)
+    with pytest.raises(SystemExit):
+        import_pickles(tmp_path / "out", "--pickles", tmp_path / "a")
+    assert "add --trust_pickle" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    pickled(tmp_path / "names/first.pkl", 0)
+    for folders, words in ((("none",), r"no \*.pkl in"), (("a", "b"), "has the name of"), (("names",), "not named")):
+        with pytest.raises(UserError, match=words):
+            import_pickles(tmp_path / "out", "--pickles", *(tmp_path / f for f in folders), "--trust_pickle")
+        assert not (tmp_path / "out").exists()
+    bad = {"label": ((1, None), "label 1"), "shape": ((0, np.zeros((8, 8, 8))), "shape .8, 8, 8."),
+           "nan": ((0, np.full(SHAPE, np.nan)), "NaN"), "text": ((0, "image"), "no numbers")}  # fmt: skip
+    for name, (content, words) in bad.items():
+        pickled(tmp_path / name / "0_0.pkl", *content)
+        with pytest.raises(UserError, match=f"0_0.pkl.*{words}"):
+            import_pickles(tmp_path / f"out_{name}", "--pickles", tmp_path / name, "--trust_pickle")
+        assert not list((tmp_path / f"out_{name}").rglob("*.nii.gz"))
+
+
+def test_the_originals_networks_alone_give_volumes_on_the_published_grid(tmp_path, monkeypatch):
+    """No latents, no tables: only the two checkpoints (here with a DiT of one block)."""
+    vae = AutoencoderKL(channels=(16, 16, 16), num_res_blocks=(1, 1, 1), latent_channels=4, norm_groups=16)
+    torch.save({"epoch": 1, "vae_state_dict": upstream.to_upstream(vae), "val_loss": 0.1}, tmp_path / "best_vae.pth")
+    dit = DiT3D(**SIZES["DiT-S/4"] | dict(in_size=(28, 34, 28), depth=1, in_channels=4, mlp_ratio=4.0, num_classes=2,
+                label_dropout=0.1, window_size=0, window_blocks=(), positions="sincos"))  # fmt: skip
+    state = {f"model.{key}": value for key, value in upstream.to_upstream(dit).items()}
+    torch.save({"epoch": 9999, "model_state": state}, tmp_path / "epoch_9999.pth")
+    files = ("--vae", tmp_path / "best_vae.pth", "--dit", tmp_path / "epoch_9999.pth", "--weights", "raw")
+    run_main(save_synth, "--root", tmp_path, *COMMON, *files, "--n_per_class", 1, 0, "--steps", 1)
+    record = json.loads((tmp_path / "synthetic_data/synthetic.json").read_text())
+    assert record["units"] == "z-score"
+    assert np.allclose(np.diag(record["affine"])[:3], (-1.51339, 1.5, 1.51339), atol=1e-4)
+    (row,) = dataset.synthetic_rows(tmp_path / "synthetic_data")
+    assert dataset.Volumes(Preparation(norm="zscore"), None).load(row).shape == SHAPE
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,5 +1,6 @@
 """VAE and DiT: the same result however a run is cut, killed, resumed, split over ranks, micro-batches or recomputed."""
 
+import json
 import shutil
 import signal
 
@@ -159,7 +160,11 @@ def test_two_ranks_train_and_encode_as_one(done, tmp_path):
             assert ended.returncode == 0, ended.stderr[-3000:]
             names = sorted(p.relative_to(one) for p in (one / "latent_data").rglob("*") if p.is_file())
             assert len(names) == 12 + 6 + 1
-            assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+            for name in names:
+                a, b = ((root / name).read_bytes() for root in (one, two))
+                if name.suffix == ".json":  # the code version may change beside a running test
+                    a, b = (json.loads(text) | {"git_revision": None} for text in (a, b))
+                assert a == b, name
 
 
 @pytest.mark.slow
