@@ -23,6 +23,7 @@ SEARCH_MM = (6.0, 1.5)  # reach and step of the first, coarse search over the pl
 PULL = 0.02  # weight of 1 mm (or 1 degree) against the mean profile difference, in units of the SAX contrast
 IGNORE_MM = 0.25  # smaller displacements of a slice are within the error: its pixels stay as acquired
 FRAMES = 3  # of a cine that take part, evenly spread
+NUDGE = 0.1  # mm or degrees, of finite differences
 UNKNOWNS = 4  # of a view: mm across, along and off its plane, degrees in it
 
 
@@ -131,9 +132,12 @@ class Profiles:
 
     def __init__(self, frames: list[np.ndarray], sax: Grid, views: list[list[np.ndarray]], grids: list[Grid]):
         """frames: stacks (Z, H, W); views: by view the images (H, W) of the same phases."""
-        self.frames, self.sax, self.views, self.grids = frames, sax, views, grids
+        self.frames, self.sax, self.grids = frames, sax, grids
         self.lines = lines_of(sax, grids)
         self.contrast = float(np.std(np.stack(frames))) or 1.0
+        # Views in about the units of the slices, whatever their files have: the gain that is sought is near 1.
+        self.units = [self.contrast / (float(np.std(np.stack(images))) or 1.0) for images in views]
+        self.views = [[unit * image for image in images] for unit, images in zip(self.units, views, strict=True)]
         self.points, self.number = {}, {}  # by view: (P, 3) and the slice of each
         for view in sorted({line.view for line in self.lines}):
             mine = [line for line in self.lines if line.view == view]
@@ -165,14 +169,34 @@ class Profiles:
         away = (view.centre_mm - points) @ view.normal
         return away[:, None] * within / (within @ within)
 
-    def residuals(self, unknowns: np.ndarray, views=None) -> np.ndarray:
-        """Differences along the lines after the best gain and offset of each view, in units of the SAX contrast."""
+    def residuals(self, unknowns: np.ndarray, views=None, fits: dict | None = None) -> np.ndarray:
+        """Differences along the lines after the best gain and offset of each view, in units of the SAX contrast.
+
+        fits: gain and offset by view to use instead.
+        """
         out = []
         for view in self.points if views is None else views:
             sax, lax = self.pair(unknowns, view)
-            gain, offset = robust_gain_offset(lax, sax)
+            gain, offset = robust_gain_offset(lax, sax) if fits is None else fits[view]
             out.append((gain * lax + offset - sax) / self.contrast)
         return np.concatenate(out) if out else np.zeros(0)
+
+    def jacobian(self, unknowns: np.ndarray) -> np.ndarray:
+        """Derivatives (residuals, unknowns) by finite differences, gains and offsets held: at their best they count 0.
+
+        A point depends on its own slice and view alone, so one unknown of every slice, or of every view, moves at once.
+        """
+        fits = {view: robust_gain_offset(lax, sax) for view in self.points for sax, lax in [self.pair(unknowns, view)]}
+        here, n = self.residuals(unknowns, fits=fits), 2 * self.sax.shape[0]
+        slices = np.concatenate([np.tile(self.number[view], len(self.frames)) for view in self.points])
+        views = np.repeat(list(self.points), [len(self.frames) * len(self.points[view]) for view in self.points])
+        out, rows = np.zeros((len(here), len(unknowns))), np.arange(len(here))
+        for first, last, width, owner in ((0, n, 2, slices), (n, len(unknowns), UNKNOWNS, views)):
+            for place in range(width):
+                moved = unknowns.copy()
+                moved[first + place : last : width] += NUDGE
+                out[rows, first + place + width * owner] = (self.residuals(moved, fits=fits) - here) / NUDGE
+        return out
 
     def report(self, unknowns: np.ndarray, names: list[str]) -> dict:
         """By view: lines, mean absolute difference (acquired units, after gain and offset) and NCC, gain, offset."""
@@ -185,7 +209,7 @@ class Profiles:
             gain, offset = robust_gain_offset(lax, sax)
             lines = sum(line.view == view for line in self.lines)
             rows[name] = {"lines": lines, "difference": float(np.abs(gain * lax + offset - sax).mean()),
-                          "ncc": ncc(sax, lax), "gain": gain, "offset": offset}  # fmt: skip
+                          "ncc": ncc(sax, lax), "gain": gain * self.units[view], "offset": offset}  # fmt: skip
         return rows
 
 
@@ -255,18 +279,24 @@ def _fine(profiles: Profiles, unknowns: np.ndarray, move_slices: bool, move_view
     if not free.any():
         return unknowns
 
-    def cost(chosen):
+    points = sum(map(len, profiles.points.values())) * len(profiles.frames)
+    pull = PULL * np.sqrt(points / np.count_nonzero(free))
+
+    def placed(chosen):
         trial = unknowns.copy()
         trial[free] = chosen
-        differences = profiles.residuals(trial)
-        return np.concatenate([differences, PULL * np.sqrt(len(differences) / len(chosen)) * chosen])
+        return trial
+
+    def cost(chosen):
+        return np.concatenate([profiles.residuals(placed(chosen)), pull * chosen])
+
+    def slope(chosen):
+        return np.concatenate([profiles.jacobian(placed(chosen))[:, free], pull * np.eye(len(chosen))])
 
     limits = np.array([8.0] * n + [8.0, 8.0, 4.0, 6.0] * len(profiles.grids))[free]  # mm, degrees of the turn
-    found = optimize.least_squares(cost, unknowns[free], bounds=(-limits, limits), loss="soft_l1", f_scale=0.3,
-                                   diff_step=1e-2, x_scale=1.0, max_nfev=25)  # fmt: skip
-    out = unknowns.copy()
-    out[free] = found.x
-    return out
+    found = optimize.least_squares(cost, unknowns[free], slope, bounds=(-limits, limits), loss="soft_l1", f_scale=0.3,
+                                   max_nfev=25)  # fmt: skip
+    return placed(found.x)
 
 
 def _centred(profiles: Profiles, unknowns: np.ndarray) -> np.ndarray:
@@ -314,6 +344,8 @@ def stripes(stack: np.ndarray, sax: Grid, image: np.ndarray, lax: Grid, width: i
     z, y, x = sax.voxels(points).T[::-1]
     resliced = ndimage.map_coordinates(stack, [z, y, x], order=1, cval=np.nan).reshape(image.shape)
     seen = np.isfinite(resliced)
+    if seen.any():  # in about the units of the slices first, as `Profiles`
+        image = image * (resliced[seen].std() / (image[seen].std() or 1.0))
     gain, offset = robust_gain_offset(image[seen], resliced[seen]) if seen.any() else (1.0, 0.0)
     shown = np.where(((columns // width) % 2 == 0) & seen, resliced, gain * image + offset)
     low, high = np.nanpercentile(shown, [1, 99])

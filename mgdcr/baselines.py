@@ -25,6 +25,7 @@ REACH_MM = 25.0  # along the arc from the nearest half plane, where a residual c
 SMOOTH_PX = 0.5  # Gaussian on the residual of a view, in dense slices and in pixels: noise, not anatomy
 FLAT = 0.2  # a view whose normal has so little in-plane part lies along the slices and says nothing between them
 NEAR_SLICE = 0.75  # dense slices; so close to an acquired slice, a view shows what that slice shows
+MIDDLE = 0.25  # share of a gap; further from both acquired slices, a view shows what they do not
 
 
 # ---- along the slices -----------------------------------------------------------------------------------------------
@@ -65,17 +66,26 @@ def _lanczos(positions: np.ndarray, n: int) -> np.ndarray:
     return weights
 
 
+def left_out(stack: np.ndarray, kind: str) -> np.ndarray:
+    """Inner slices (Z - 2, H, W) of a stack, each interpolated from all others; float32."""
+    places = np.arange(len(stack), dtype=np.float64)
+    out = []
+    for i in range(1, len(stack) - 1):
+        others = np.delete(stack, i, axis=0)
+        if kind == "cubic" and len(others) > 2:
+            out.append(CubicSpline(np.delete(places, i), others, axis=0)(i))
+        elif kind == "nearest":
+            out.append(others[i])
+        else:
+            out.append((others[i - 1].astype(np.float64) + others[i]) / 2)
+    return np.stack(out).astype(np.float32)
+
+
 def better_interpolation(stack: np.ndarray) -> str:
     """ "linear" or "cubic", whichever predicts the inner acquired slices better from the others (no truth needed)."""
     if len(stack) < 5:
         return "linear"
-    errors = {"linear": 0.0, "cubic": 0.0}
-    for i in range(1, len(stack) - 1):
-        rest = np.delete(np.arange(len(stack)), i)
-        others = stack[rest].astype(np.float64)
-        errors["linear"] += float(np.square((others[i - 1] + others[i]) / 2 - stack[i]).mean())
-        errors["cubic"] += float(np.square(CubicSpline(rest, others, axis=0)(i) - stack[i]).mean())
-    return min(errors, key=errors.get)
+    return min(("linear", "cubic"), key=lambda kind: np.square(left_out(stack, kind) - stack[1:-1]).mean())
 
 
 # ---- residual of the long-axis views --------------------------------------------------------------------------------
@@ -90,6 +100,22 @@ def view_contrast(volume: torch.Tensor, view: View, factor: int) -> tuple[torch.
     return contrast(prediction, view.values, weights if (weights > 0).sum() >= 64 else view.weights)
 
 
+def trust(volume: torch.Tensor, view: View, factor: int) -> float:
+    """How far a view is to be believed, 0 to 1, on an interpolation (N, H, W): 1 - (error / residual)^2, mean squares.
+
+    Next to the acquired slices view and interpolation show the same tissue. What they differ by there is error: noise,
+    misalignment, another contrast. Where it is as large as the residual between the slices, that says nothing.
+    """
+    gain, offset = view_contrast(volume, view, factor)
+    residual = ((view.values - offset) / gain - view.sampler.sample(volume)).square()
+    position = view.sampler.coordinates[:, 0]
+    away = (position - (position / factor).round() * factor).abs()
+    near, between = (residual[(view.weights > 0) & part] for part in (away < NEAR_SLICE, away >= MIDDLE * factor))
+    if min(len(near), len(between)) < 64 or between.mean() <= 0:
+        return 1.0
+    return float((1 - (near.mean() / between.mean()).square()).clamp(0, 1))
+
+
 def lax_residual(
     volume: np.ndarray, views: list[View], factor: int, spacing_mm: tuple[float, float], reach_mm: float = REACH_MM
 ) -> np.ndarray:
@@ -97,14 +123,14 @@ def lax_residual(
 
     The planes cut a slice in lines that meet near the heart's axis. A voxel takes the residual at its own distance
     from there on the two neighbouring half lines, linearly in the angle, the less the further (arc length) they are.
-    spacing_mm is the in-plane voxel size (rows, columns).
+    Residuals count by the weights of the views. spacing_mm is the in-plane voxel size (rows, columns).
     """
     dense = torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))
     planes = []
     for view in views:
         gain, offset = view_contrast(dense, view, factor)
         residual = (view.values - offset) / gain - view.sampler.sample(dense)
-        plane = _Plane.fit(view, residual, volume.shape, spacing_mm)
+        plane = _Plane.fit(view, view.weights * residual, volume.shape, spacing_mm)
         if plane is not None:
             planes.append(plane)
     out = np.array(volume, dtype=np.float32)

@@ -78,7 +78,7 @@ def train(config: LatentDPMConfig, rt: runtime.Runtime) -> None:
         network, TrainingCodes(z["train"]), (code_dim,), fixed, fingerprint,
         loss=lambda net, z_0, t, noise: code_loss(net, schedule, z_0, t, noise, config.loss),
         validate=lambda average: validate(average, schedule, z, config, rt),
-        score=lambda scores: scores["loss"], save=save,
+        better=trainer.lower_loss, save=save,
     )  # fmt: skip
     trainer.fit(task, config, rt)
 

@@ -42,6 +42,7 @@ class Options(CommonOptions):
     frame: int = option(-1, "frame, from 0; -1: all")
     leave_out: str = option("none", "what to withhold in turn", choices=("none", "slice", "view"))
     mode: str = option("balanced", "how to reconstruct with --leave_out", choices=("fast", "balanced", "paper"))
+    iterations: int = option(0, "most iterations with --leave_out; 0: as --mode has it")
     factor: int = option(8, "dense slices per acquired gap")
     align: bool = option(True, "register before --leave_out")
     roi_mm: float = option(ROI_MM, "radius around the middle that is scored; 0: the whole slices", unit="mm")
@@ -54,6 +55,8 @@ class Options(CommonOptions):
         self.out = self.out or str(Path(self.results) / "evaluation")
         if self.factor < 2:
             raise UserError(f"--factor {self.factor}: give at least 2, or there is nothing between the slices")
+        if self.iterations < 0:
+            raise UserError(f"--iterations {self.iterations}: 0 or more")
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -256,12 +259,16 @@ def against_truth(source, results: Path, options: Options) -> tuple[list[dict], 
             row = {"subject": source.name, "frame": number, "left_out": "between", "method": method}
             row |= image_scores(volume, scaled(truth.data[number]), mask, chosen) | {"roughness": roughness(volume)}
             if maps is not None:
-                sparse = maps[number, :: options.factor]
-                own = indices.transport_labels(volume, stack, sparse, options.factor)
+                own = indices.grow_labels(volume, maps[number, :: options.factor], options.factor, spacing)
                 row |= label_scores(own, maps[number], spacing)
                 found.setdefault(method, []).append(own)
             cines.setdefault(method, []).append(volume)
             rows.append(row)
+        if maps is not None:  # what outlines alone give, without an image between the slices
+            own = indices.interpolate_labels(maps[number, :: options.factor], options.factor)
+            found.setdefault("outlines", []).append(own)
+            rows.append({"subject": source.name, "frame": number, "left_out": "between", "method": "outlines"}
+                        | label_scores(own, maps[number], spacing))  # fmt: skip
     if maps is not None and cines:
         found["truth"] = [maps[number] for number in numbers if options.frame in (-1, number)]
     function = (
@@ -286,7 +293,8 @@ def summarise(rows: list[dict], by_subject: dict[str, dict]) -> dict:
     table = {}
     for row in rows:
         for name in names:
-            table.setdefault(row["method"], {}).setdefault(name, []).append(row[name])
+            if name in row:
+                table.setdefault(row["method"], {}).setdefault(name, []).append(row[name])
     groups = {m: [row["subject"] for row in rows if row["method"] == m] for m in table}
     out = {"scores": {m: {n: metrics.summary(v, groups=groups[m]) for n, v in values.items()}
                       for m, values in table.items()}}  # fmt: skip
@@ -340,7 +348,9 @@ def evaluate(options: Options, rt) -> None:
         raise UserError(f"{out} already holds scores; name another --out, or add --overwrite")
     where = SimpleNamespace(sax="", data=options.data, subject_id=options.subject_id, lax_names=(), no_lax=False)
     sources = study.find(where)
-    prior, goal, settings, size = None, objective.Objective(), inverse.Settings(**inverse.MODES[options.mode]), None
+    changed = {"iterations": options.iterations} if options.iterations else {}
+    prior, goal, size = None, objective.Objective(), None
+    settings = inverse.Settings(**inverse.MODES[options.mode] | changed)
     if options.leave_out == "none":
         sources = [s for s in sources if options.subject_id or (Path(options.results) / s.name).is_dir()]
         if not sources:

@@ -281,7 +281,8 @@ class PlaneSampler:
         inside = ((points >= 0) & (points <= last)).all(axis=(1, 2))
         points = points[inside]
 
-        self.shape, self.image_shape, self.lax = dense.shape, lax.shape[1:], lax
+        self.dense, self.lax = dense, lax
+        self.shape, self.image_shape = dense.shape, lax.shape[1:]
         self.pixels = torch.from_numpy(np.flatnonzero(inside))
         self.coordinates = torch.from_numpy(points.mean(axis=1)).float()
         corner = np.clip(np.floor(points), 0, np.maximum(last - 1, 0))

@@ -81,18 +81,8 @@ def gain_offset(prediction: np.ndarray, target: np.ndarray, weights=None) -> tup
     return float(gain), float(mean_g - gain * mean_p)
 
 
-def match_contrast(image: np.ndarray, samples: np.ndarray, reference: np.ndarray, rounds: int = 5) -> np.ndarray:
-    """A view in the intensities of the short axis: gain and offset from `samples` of it to `reference`, robustly.
-
-    samples, reference (P,): the same points, on the intersection lines, in the view and in the short-axis slices.
-    Points that fit worse than 2.5 robust standard deviations (motion, edges) lose their say in further rounds.
-    """
-    gain, offset = robust_gain_offset(samples, reference, rounds)
-    return (gain * np.asarray(image, dtype=np.float64) + offset).astype(np.float32)
-
-
 def robust_gain_offset(prediction: np.ndarray, target: np.ndarray, rounds: int = 5) -> tuple[float, float]:
-    """`gain_offset` with outliers left out, round by round."""
+    """`gain_offset` despite outliers: points that fit worse than 2.5 robust SD (motion, edges) lose their say."""
     prediction, target = np.ravel(prediction), np.ravel(target)
     keep = np.isfinite(prediction) & np.isfinite(target)
     gain, offset = gain_offset(prediction, target, keep)

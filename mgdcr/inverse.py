@@ -1,9 +1,10 @@
 """Inverse optimisation: the codes of a dense volume, fitted to the short-axis stack and to the long-axis views.
 
-One frame: encode the acquired slices, put codes between them (objective.seeds), then change all codes by Adam so that
-the decoded slices agree with both (objective.Objective); the network stays as it is. The images come last (`assemble`):
-what the optimisation changed is added to an interpolation of the acquired slices, what the views still miss is spread
-on top, and the acquired slices are put back.
+One frame: encode the acquired slices, put codes between them (objective.seeds), then change those codes by Adam so that
+the decoded slices agree with both (objective.Objective); the network stays as it is. Decoded slices carry the decoder's
+error, which the acquired slices show and `consistent` takes off. The images come last (`assemble`): an interpolation of
+the acquired slices moves towards the decoded volume as far as the measurements speak for it, what the views still miss
+is spread on top, and the acquired slices are put back.
 
 Memory: slices are decoded in chunks, of each of which only the states between diffusion steps are kept; the backward
 pass recomputes one step of one chunk at a time. The terms see the whole volume, so chunks need no halo and their size
@@ -13,20 +14,23 @@ does not change the result.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
 from common import checkpoint, runtime
 from common.cli import UserError
-from mgdcr import baselines, diffusion, objective
+from mgdcr import baselines, diffusion, geometry, objective
 from mgdcr.objective import FrameData, Objective, Painted, View
 
 OPTIMISED = ("both", "z")
 SOLVERS = ("gradient", "alternating")
+NOISES = ("inverted", "shared")
 BASES = ("auto", "nearest", "linear", "cubic", "lanczos")
 
 
@@ -49,12 +53,15 @@ class Settings:
     refine: int = 0  # fixed-point iterations per step of the inversion
     chunk: int = 8  # slices at a time
     schedule: str = "even"  # of the start codes
+    noise: str = "inverted"  # noise codes: those of the acquired slices, or "shared": one draw for all slices
+    stride: int = 1  # every so many dense slices are decoded, those between are interpolated (`stride_within`)
+    hold: bool = True  # leave the codes of acquired slices as they were encoded
     solver: str = "gradient"
     inner: int = 10  # alternating: updates of the codes per solution of the images
     image_iterations: int = 30  # alternating: updates of the images
     image_lr: float = 2e-2
     split: float = 1.0  # alternating: weight of the distance between images and decoded codes, doubled every time
-    output: str = "residual"  # or "decoded": the decoded slices themselves
+    output: str = "residual"  # as `consistent` and `assemble` have it; or "decoded": the decoded slices themselves
     base: str = (
         "auto"  # interpolation under the residual; auto: linear or cubic, as predicts the acquired slices better
     )
@@ -63,11 +70,11 @@ class Settings:
     save_every: int = 10
 
     def __post_init__(self):
-        for name, known in (("optimise", OPTIMISED), ("solver", SOLVERS), ("base", BASES),
+        for name, known in (("optimise", OPTIMISED), ("solver", SOLVERS), ("base", BASES), ("noise", NOISES),
                             ("output", ("residual", "decoded")), ("clamp", ("soft", "hard", "none"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise UserError(f"{name} {getattr(self, name)!r}: choose {', '.join(known)}")
-        for name in ("steps", "chunk", "step_size", "inner", "image_iterations", "save_every"):
+        for name in ("steps", "chunk", "stride", "step_size", "inner", "image_iterations", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         for name in ("iterations", "patience", "grad_steps", "refine", "lr_z"):
@@ -79,12 +86,16 @@ class Settings:
             raise UserError("grad_steps cuts the gradient off from the noise codes: use it with optimise z")
 
 
+# Tuned on hearts of the phantom that are neither trained nor tested on, with the tiny prior.
+QUICK = dict(steps=5, iterations=12, step_size=6, lr=3e-2, optimise="z", noise="shared", stride=4, chunk=16)
 MODES = {
-    "fast": dict(steps=10, iterations=60, optimise="z", lr=1e-2, grad_steps=5),
-    "balanced": {},
+    "fast": QUICK,
+    "balanced": QUICK | dict(iterations=24, step_size=12),
     "paper": dict(steps=30, iterations=200),
 }
-LEGACY_SETTINGS = dict(steps=30, iterations=200, clamp="hard", output="decoded", hard=False, propagate=False)
+LEGACY_SETTINGS = dict(
+    steps=30, iterations=200, clamp="hard", output="decoded", hard=False, propagate=False, hold=False
+)
 LEGACY_LR = {"ex8_multi": 1e-3, "ex8_norm": 2e-3}
 
 
@@ -108,12 +119,20 @@ class Prior:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of images, float32 whatever the precision of the optimisation."""
+        """Codes of images, float32 whatever the precision of the optimisation.
+
+        Noise codes of a short training hold what the network could not say with z, and are not white: those halfway
+        between two slices decode into ringing. A draw that all slices share does not; what it adds to the images is
+        alike in neighbouring slices, and `consistent` takes it off.
+        """
         xs, zs = [], []
         for part in images.split(self.settings.chunk):
             slices = (2 * part[:, None] - 1).float().to(self.rt.device)
             z = self.code(slices)
-            xs.append(diffusion.invert(self.model, slices, z, self.settings.steps, refine=self.settings.refine))
+            if self.settings.noise == "shared":
+                xs.append(white_noise(slices.shape[1:]).to(slices).expand_as(slices))
+            else:
+                xs.append(diffusion.invert(self.model, slices, z, self.settings.steps, refine=self.settings.refine))
             zs.append(slices.new_zeros(len(slices), 0) if z is None else z)
         return torch.cat(xs), torch.cat(zs)
 
@@ -129,6 +148,12 @@ class Prior:
                 )  # fmt: skip
             parts.append((decoded[:, 0].float() + 1) / 2)
         return torch.cat(parts)
+
+
+def white_noise(shape: tuple[int, ...]) -> Tensor:
+    """The one draw that slices share, of mean 0 and SD 1."""
+    noise = torch.randn(shape, generator=runtime.generator("noise of all slices"))
+    return (noise - noise.mean()) / noise.std()
 
 
 class UnconditionalPrior(Prior):
@@ -221,19 +246,57 @@ class Problem:
         self.device = prior.rt.device
         sax = torch.from_numpy(np.ascontiguousarray(frame.sax, dtype=np.float32)).to(self.device)
         self.around = torch.from_numpy(interpolation(frame, settings.base)).to(self.device)
+        self.stride = stride_within(frame.factor, settings.stride)
+        self.step = frame.factor // self.stride  # decoded slices per gap
         if seed_codes is None:
             images = frame.window.cut(sax) if frame.window else sax
-            seed_codes = Codes(*objective.seeds(*prior.encode(images.clamp(0, 1)), frame.factor, settings.schedule))
+            seed_codes = Codes(*objective.seeds(*prior.encode(images.clamp(0, 1)), self.step, settings.schedule))
         self.seeds = seed_codes
+        self.free = torch.ones(len(seed_codes.x), dtype=torch.bool, device=self.device)
+        self.held = None  # decoded acquired slices whose codes do not change
+        if settings.hold:
+            self.free[:: self.step] = False
+            with torch.no_grad():
+                self.held = prior.decode(seed_codes.x[~self.free], seed_codes.z[~self.free])
         views, painted = [view.to(self.device) for view in frame.views], None
         if goal in objective.LEGACY.values():
             painted = paint(views, self.around, match=goal.match == "none")
         self.data = FrameData(sax.clamp(0, 1), frame.factor, seed_codes.x, seed_codes.z, views, painted)
 
     def images(self, x: Tensor, z: Tensor) -> Tensor:
-        """Decoded volume (N, H, W), outside the prior's window the interpolation."""
-        decoded = self.prior.decode(x, z)
-        return self.frame.window.paste(decoded, self.around) if self.frame.window else decoded
+        """Volume (N, H, W) of codes, `consistent` unless the output is to be as decoded.
+
+        Outside the prior's window it is the interpolation.
+        """
+        decoded = self.prior.decode(x[self.free], z[self.free]) if self.free.any() else None
+        if self.held is not None:
+            slices = self.held.new_empty(len(self.free), *self.held.shape[1:])
+            slices[~self.free] = self.held
+            decoded = slices if decoded is None else slices.index_copy(0, torch.nonzero(self.free).flatten(), decoded)
+        volume = between(decoded, self.stride)
+        if self.frame.window:
+            volume = self.frame.window.paste(volume, self.around)
+        return consistent(volume, self.data.sax) if self.settings.output == "residual" else volume
+
+
+def stride_within(factor: int, wanted: int) -> int:
+    """The largest stride up to `wanted` that divides the factor and leaves a slice in every gap."""
+    return max(n for n in range(1, max(min(wanted, factor // 2), 1) + 1) if factor % n == 0)
+
+
+def between(slices: Tensor, n: int) -> Tensor:
+    """Slices (M, H, W) with n - 1 linearly interpolated ones in each gap, (n (M - 1) + 1, H, W); differentiable."""
+    if n == 1:
+        return slices
+    share = torch.arange(n, device=slices.device, dtype=slices.dtype)[:, None, None, None] / n
+    filled = torch.lerp(slices[:-1], slices[1:], share).transpose(0, 1).flatten(0, 1)  # (n (M - 1), H, W)
+    return torch.cat([filled, slices[-1:]])
+
+
+def consistent(volume: Tensor, sax: Tensor) -> Tensor:
+    """The volume (N, H, W) with what it misses of the acquired slices (Z, H, W) added, linearly between them."""
+    factor = (len(volume) - 1) // (len(sax) - 1)
+    return volume + between(sax - volume[::factor], factor)
 
 
 def interpolation(frame: Frame, base: str) -> np.ndarray:
@@ -242,30 +305,28 @@ def interpolation(frame: Frame, base: str) -> np.ndarray:
 
 
 def paint(views: list[View], reference: Tensor, match: bool) -> Painted:
-    """Views painted into the voxels of the dense grid that their pixels fall into, as the published scripts expect.
+    """Views painted into the dense grid, as the published scripts expect; where they cross, their mean.
 
     match: bring them, inside the mask, to mean and SD of `reference` (N, H, W).
     """
-    total, count = torch.zeros_like(reference).flatten(), torch.zeros_like(reference).flatten()
-    upper = torch.tensor(reference.shape, device=reference.device) - 1
+    total, count = torch.zeros_like(reference), torch.zeros_like(reference)
     for view in views:
-        used = view.weights > 0
-        place = view.sampler.coordinates[used].to(reference.device).round().long()
-        place = torch.minimum(place.clamp_min(0), upper)
-        index = (place[:, 0] * reference.shape[1] + place[:, 1]) * reference.shape[2] + place[:, 2]
-        values = view.values[used].to(reference.device)
-        total.index_add_(0, index, values)
-        count.index_add_(0, index, torch.ones_like(values))
-    mask = (count > 0).float().reshape(reference.shape)
-    values = (total / count.clamp_min(1)).reshape(reference.shape)
+        image, usable = (view.sampler.picture(values, fill=0) for values in (view.values, view.weights))
+        painted, mask = geometry.paint(view.sampler.dense, view.sampler.lax, image, usable > 0)
+        total += torch.from_numpy(painted).to(total)
+        count += torch.from_numpy(mask).to(count)
+    mask, values = (count > 0).float(), total / count.clamp_min(1)
+    return Painted((match_moments(values, reference, mask) if match else values)[:, None], mask[:, None])
+
+
+def match_moments(values: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """`values` with, inside the mask (three of one shape), the mean and the SD of `reference` there."""
     inside = mask > 0
-    if match and inside.sum() > 1:
-        there, here = values[inside], reference[inside]
-        matched = (values - there.mean()) / there.std(correction=0).clamp_min(1e-6) * here.std(
-            correction=0
-        ) + here.mean()
-        values = torch.where(inside, matched, values)
-    return Painted(values[:, None], mask[:, None])
+    if inside.sum() < 2:
+        return values
+    there, here = values[inside], reference[inside]
+    gain = here.std(correction=0) / there.std(correction=0).clamp_min(1e-6)
+    return torch.where(inside, (values - there.mean()) * gain + here.mean(), values)
 
 
 # ---- optimisation ---------------------------------------------------------------------------------------------------
@@ -435,26 +496,30 @@ def optimise(problem: Problem, start: Codes, *, files: Files | None = None, save
 # ---- from codes to images -------------------------------------------------------------------------------------------
 
 
-def assemble(frame: Frame, decoded: np.ndarray, seed: np.ndarray, settings: Settings) -> tuple[np.ndarray, dict]:
+def assemble(frame: Frame, decoded: np.ndarray, seed: np.ndarray, settings: Settings,
+             seed_share: float = 0.0) -> tuple[np.ndarray, dict]:  # fmt: skip
     """The final volume (N, H, W) in [0, 1] from decoded and start images, and what was done.
 
-    "residual": interpolation + share * (decoded - start), with the share in [0, 1] that suits the views best (0 without
-    views: then nothing speaks for the change), + what the views still miss, spread over the slices. A weak prior can so
-    spoil nothing, and its reconstruction error cancels.
+    "residual": interpolation + a (start - interpolation) + b (decoded - start), with a and b in [0, 1] as suits the
+    views best, + what the views still miss, spread over the slices. As far as the views are not to be believed
+    (baselines.trust), or there are none, b is 0, because nothing speaks for the change, and a is `seed_share`. So
+    neither a weak prior nor a wrong view can spoil much.
     """
     kind = baselines.better_interpolation(frame.sax) if settings.base == "auto" else settings.base
-    report = {"base": kind, "share": 1.0}
+    report = {"base": kind, "shares": [1.0, 1.0]}
     if settings.output == "decoded":
         volume = decoded.astype(np.float32).copy()
     else:
         base = baselines.interpolate(frame.sax, frame.factor, kind)
-        change = (decoded - seed).astype(np.float32)
-        # What changed on acquired slices is known to be wrong, and so, between them, is its interpolation.
-        change -= baselines.interpolate(change[:: frame.factor], frame.factor, "linear")
-        report["share"] = share_of_change(base, change, frame)
-        volume = base + report["share"] * change
+        changes = seed - base, decoded - seed
+        believed = trust_of(frame.views)
+        a, b = shares_of_changes(base, changes, frame) if believed else (0.0, 0.0)
+        report["shares"] = [believed * a + (1 - believed) * seed_share, believed * b]
+        report["trust"] = believed
+        volume = base + sum(np.float32(a) * change for a, change in zip(report["shares"], changes, strict=True))
         if settings.propagate and frame.views:
             volume = baselines.lax_residual(volume, frame.views, frame.factor, frame.spacing_mm)
+        volume = volume.clip(frame.sax.min(), frame.sax.max())  # what no slice shows is no anatomy
     before = np.abs(volume[:: frame.factor] - frame.sax)
     report["acquired_residual"] = {"mean": float(before.mean()), "max": float(before.max())}
     if settings.hard:
@@ -462,17 +527,56 @@ def assemble(frame: Frame, decoded: np.ndarray, seed: np.ndarray, settings: Sett
     return volume, report
 
 
-def share_of_change(base: np.ndarray, change: np.ndarray, frame: Frame) -> float:
-    """Least-squares factor in [0, 1] of `change` on `base`, by the pixels of all views; 0 without any."""
-    top = bottom = 0.0
-    dense, moved = torch.from_numpy(base), torch.from_numpy(change)
+def trust_of(views: list[View]) -> float:
+    """Mean weight of the pixels in use, over all views; 0 without any."""
+    used = [view.weights[view.weights > 0] for view in views]
+    return float(torch.cat(used).mean()) if sum(map(len, used)) else 0.0
+
+
+def shares_of_changes(base: np.ndarray, changes: Sequence[np.ndarray], frame: Frame) -> list[float]:
+    """Least-squares factors in [0, 1] of `changes` on `base`, volumes (N, H, W), by the pixels of all views."""
+    dense, rows, missing = torch.from_numpy(base), [], []
     for view in frame.views:
         gain, offset = baselines.view_contrast(dense, view, frame.factor)
-        missing = (view.values - offset) / gain - view.sampler.sample(dense)
-        effect = view.sampler.sample(moved)
-        top += float((view.weights * missing * effect).sum())
-        bottom += float((view.weights * effect.square()).sum())
-    return min(max(top / bottom, 0.0), 1.0) if bottom > 1e-12 else 0.0
+        weight = view.weights.sqrt()
+        missing.append(weight * ((view.values - offset) / gain - view.sampler.sample(dense)))
+        rows.append(torch.stack([weight * view.sampler.sample(torch.from_numpy(change)) for change in changes], 1))
+    return shares(torch.cat(rows).numpy(), torch.cat(missing).numpy())
+
+
+def shares(effects: np.ndarray, missing: np.ndarray) -> list[float]:
+    """Factors in [0, 1] of the columns of `effects` (P, n) that come closest to `missing` (P,); 0 of no effect."""
+    kept = np.square(effects).sum(0) > 1e-12
+    out = np.zeros(effects.shape[1])
+    if kept.any():
+        out[kept] = lsq_linear(effects[:, kept].astype(np.float64), missing.astype(np.float64), (0, 1)).x
+    return out.tolist()
+
+
+@torch.no_grad()
+def share_of_seeds(problem: Problem) -> float:
+    """How far decoded start codes may replace the interpolation where no view tells, 0 to 1: the slices tell.
+
+    Every inner acquired slice is predicted from its neighbours, by the codes halfway between theirs and by the
+    interpolation; the least-squares share of the one in the other.
+    """
+    sax, x, z = problem.data.sax, problem.seeds.x[:: problem.step], problem.seeds.z[:: problem.step]
+    if len(sax) < 3:
+        return 0.0
+    halfway = torch.stack([objective.slerp(a, b, 0.5) for a, b in zip(x[:-2], x[2:], strict=True)])
+    decoded, own = problem.prior.decode(halfway, (z[:-2] + z[2:]) / 2), problem.prior.decode(x, z)
+    if problem.frame.window:
+        decoded, own = (
+            problem.frame.window.paste(part, part.new_zeros(len(part), *sax.shape[1:])) for part in (decoded, own)
+        )
+    missed = sax - own
+    predicted = decoded + (missed[:-2] + missed[2:]) / 2
+    stack = problem.frame.sax
+    base = baselines.left_out(
+        stack, baselines.better_interpolation(stack) if (kind := problem.settings.base) == "auto" else kind
+    )
+    effect = predicted.cpu().numpy() - base
+    return shares(effect.reshape(-1, 1), (stack[1:-1] - base).ravel())[0]
 
 
 def perturbed(codes: Codes, factor: int, strength: float, generator: torch.Generator) -> Codes:
@@ -505,12 +609,13 @@ def reconstruct(prior: Prior, frame: Frame, goal: Objective, settings: Settings,
         begin = Codes(begin.x + warm.x.to(begin.x), begin.z + warm.z.to(begin.z))
     with torch.no_grad():
         seed_images = problem.images(problem.seeds.x, problem.seeds.z).cpu().numpy()
+    seed_share = 0.0 if settings.output == "decoded" else share_of_seeds(problem)
 
     def run(start: Codes, **more) -> tuple[np.ndarray, np.ndarray, dict, Optimiser]:
         optimiser = optimise(problem, start, stop=stop, **more)
         with torch.no_grad():
             decoded = problem.images(optimiser.x, optimiser.z).cpu().numpy()
-        volume, report = assemble(frame, decoded, seed_images, settings)
+        volume, report = assemble(frame, decoded, seed_images, settings, seed_share)
         return volume, decoded, report, optimiser
 
     volume, decoded, report, optimiser = run(begin, files=files, saved=saved, log=log, on_iteration=on_iteration)

@@ -53,6 +53,10 @@ class Options(CommonOptions):
     lax_pixel: float = option(1.0, "pixel size of the long-axis views", unit="mm")
     lax_names: tuple[str, ...] = option(tuple(VIEWS), f"views to write, of {', '.join(VIEWS)}", choices=tuple(VIEWS))
     shift_sax: float = option(0.0, "in-plane displacement of each slice (breath-hold)", unit="mm SD")
+    start_sax: int = option(
+        0, "the short-axis stack begins at random up to so many dense slices below the grid's first, at most 7: "
+        "planning differs", unit="slices",
+    )  # fmt: skip
     shift_lax: tuple[float, float, float] = option(
         (0.0, 0.0, 0.0), "displacement of the views: across, along z, off the plane", unit="mm"
     )
@@ -202,10 +206,10 @@ def stored(data: np.ndarray, affine: np.ndarray, orientation: str) -> tuple[np.n
     return np.ascontiguousarray(data[..., ::-1, ::-1]), affine @ flip
 
 
-def stack_affine(step_mm: float) -> np.ndarray:
-    """Affine (w, h, z) -> phantom mm of a stack of 64 x 64 slices from z = 0."""
+def stack_affine(step_mm: float, start_mm: float = 0.0) -> np.ndarray:
+    """Affine (w, h, z) -> phantom mm of a stack of 64 x 64 slices from z = start_mm."""
     out = np.diag([PIXEL_MM, PIXEL_MM, step_mm, 1.0])
-    out[:2, 3] = -(SIZE - 1) / 2 * PIXEL_MM
+    out[:3, 3] = *2 * (-(SIZE - 1) / 2 * PIXEL_MM,), start_mm
     return out
 
 
@@ -233,12 +237,16 @@ def lax_points(name: str, pixel_mm: float, shift_mm=(0.0, 0.0, 0.0)) -> tuple[np
     return tuple(points + (affine[:3, 3] - axes @ np.array(shift_mm))[:, None, None])
 
 
-def scan_sax(factors, options: Options, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Short-axis cine (T, 11, 64, 64) and the displacement (11, 2) of its slices in mm along x and y."""
+def scan_sax(factors, options: Options, rng, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Short-axis cine (T, Z, 64, 64) and the displacement (Z, 2) of its slices in mm along x and y.
+
+    Its slices are every 8th of the dense ones from `start` on: 11 from 0, else 10.
+    """
     x, y, z = dense_points()
-    shifts = options.shift_sax * rng.standard_normal((len(z[::FACTOR]), 2))
+    z = z[start::FACTOR]
+    shifts = options.shift_sax * rng.standard_normal((len(z), 2))
     x, y = x - shifts[:, 0, None, None], y - shifts[:, 1, None, None]
-    cine = np.stack([image(factors, phase, x, y, z[::FACTOR]) for phase in phases(options.frames)])
+    cine = np.stack([image(factors, phase, x, y, z) for phase in phases(options.frames)])
     return options.scale * (cine + options.noise_sax * rng.standard_normal(cine.shape)), shifts
 
 
@@ -272,8 +280,11 @@ def make_subject(options: Options, number: int) -> tuple[list[dict], dict]:
         geometry.save(folder / f"{file}.nii.gz", data, geometry.Grid(affine, data.shape[1:]), frame_s, dtype=dtype)
 
     frame_s = options.cycle_s / options.frames
-    sax, shifts = scan_sax(factors, options, rngs[0])
-    write("sax", sax, stack_affine(DEPTH_MM / (N_DENSE - 1) * FACTOR), frame_s)
+    begin = np.random.default_rng(np.random.SeedSequence([options.seed, number, 2 + len(VIEWS)]))
+    start = int(begin.integers(options.start_sax + 1))
+    sax, shifts = scan_sax(factors, options, rngs[0], start)
+    step = DEPTH_MM / (N_DENSE - 1)
+    write("sax", sax, stack_affine(FACTOR * step, start * step), frame_s)
     for view, rng in zip(VIEWS, rngs[1:], strict=True):
         if view in options.lax_names:
             cine = scan_lax(factors, view, options, rng)[:, None]
@@ -285,7 +296,8 @@ def make_subject(options: Options, number: int) -> tuple[list[dict], dict]:
         write("dense", options.scale * dense, stack_affine(1.0), frame_s)
         write("labels", maps, stack_affine(1.0), frame_s, np.uint8)
     rows = truth_rows(name, maps)
-    return rows, {"subject": name, "factors": factors.tolist(), "sax_shifts_mm": shifts.tolist()} | function(rows)
+    about = {"subject": name, "factors": factors.tolist(), "sax_start": start, "sax_shifts_mm": shifts.tolist()}
+    return rows, about | function(rows)
 
 
 def truth_rows(name: str, maps: np.ndarray) -> list[dict]:
@@ -332,6 +344,8 @@ def check(options: Options) -> None:
                         f"{options.scale} (above 0, to 1e6): change it")  # fmt: skip
     if not all(0 <= v < np.inf for v in (options.shift_sax, options.noise_sax, options.noise_lax)):
         raise UserError("--shift_sax, --noise_sax, --noise_lax: standard deviations are finite and not negative")
+    if not 0 <= options.start_sax < FACTOR:
+        raise UserError(f"--start_sax {options.start_sax}: 0 to {FACTOR - 1} dense slices")
     if not 0 < options.lax_gain < np.inf or not np.isfinite([options.lax_offset, *options.shift_lax]).all():
         raise UserError("--lax_gain is above 0, --lax_offset and --shift_lax are finite: change them")
     out = Path(options.out)

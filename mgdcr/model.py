@@ -27,9 +27,23 @@ def zeroed(module: nn.Module) -> nn.Module:
     return module
 
 
+def groups_of(channels: int, groups: int = NORM_GROUPS) -> int:
+    """`groups`, or one per channel of fewer; where they do not divide the channels, what divides both."""
+    return channels if channels < groups else math.gcd(groups, channels)
+
+
 def norm(channels: int) -> nn.GroupNorm:
-    """32 groups, or one per channel of fewer; where 32 does not divide the channels, what divides both."""
-    return nn.GroupNorm(channels if channels < NORM_GROUPS else math.gcd(NORM_GROUPS, channels), channels)
+    return nn.GroupNorm(groups_of(channels), channels)
+
+
+def set_norm_groups(module: nn.Module, groups: int) -> None:
+    """Another number of groups for all normalisations: of narrow networks, 32 would leave each channel alone.
+
+    A group of one channel loses the channel's mean, and with it what the encoder's head could tell of a whole slice.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.GroupNorm):
+            part.num_groups = groups_of(part.num_channels, groups)
 
 
 def conv3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
@@ -342,7 +356,8 @@ class DiffAE(nn.Module):
     model_channels times channel_mult are the U-Net's widths per level, times enc_channel_mult the encoder's. Both
     attend at attention_resolutions (pixels of a square image of image_size), the encoder at its own if it has any.
     cond_channels (None: embed_channels) is the width that the U-Net expects of z, and must equal enc_out_channels.
-    checkpointing: recompute activations in the backward pass of training. ValueError for sizes that do not fit.
+    norm_groups: most groups of a normalisation. checkpointing: recompute activations in the backward pass of training.
+    ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -365,6 +380,7 @@ class DiffAE(nn.Module):
         dropout: float,
         in_channels: int = 1,
         out_channels: int = 1,
+        norm_groups: int = NORM_GROUPS,
         checkpointing: bool = False,
     ):
         super().__init__()
@@ -384,6 +400,7 @@ class DiffAE(nn.Module):
             num_input_res_blocks=num_input_res_blocks, attention_resolutions=attention_resolutions,
             embed_channels=embed_channels, cond_channels=enc_out_channels, dropout=dropout,
         )  # fmt: skip
+        set_norm_groups(self, norm_groups)
         set_checkpointing(self, checkpointing)
 
     def encode(self, x_0: Tensor) -> Tensor:
@@ -417,6 +434,7 @@ class UncondUNet(nn.Module):
         dropout: float,
         in_channels: int = 1,
         out_channels: int = 1,
+        norm_groups: int = NORM_GROUPS,
         checkpointing: bool = False,
     ):
         super().__init__()
@@ -427,6 +445,7 @@ class UncondUNet(nn.Module):
             attention_resolutions=attention_resolutions, num_heads=num_heads, embed_channels=embed_channels,
             cond_channels=0, resblock_updown=resblock_updown, dropout=dropout,
         )  # fmt: skip
+        set_norm_groups(self, norm_groups)
         set_checkpointing(self, checkpointing)
 
     def denoise(self, x_t: Tensor, t: Tensor, z: Tensor | None = None) -> Tensor:

@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 import torch
 
 from common.cli import UserError
+from mgdcr.intensity import GAINS
 
 MIN_ANGLE = 1e-4  # rad; below it slerp is lerp
+FLAT_VARIANCE = 1e-6  # added to variances inside the mask of a painted view, as the reference values show
 MIN_PIXELS = 16  # a view needs so many pixels for a contrast of its own
 
 
@@ -72,7 +74,8 @@ def seeds(x: torch.Tensor, z: torch.Tensor, factor: int, schedule: str = "even")
 class View:
     """One long-axis image: `sampler` (geometry.PlaneSampler) gives its pixels from a dense volume.
 
-    values (P,) in the [0, 1] scale of the prior up to a gain and an offset, weights (P,) 0 for pixels not to be used.
+    values (P,) in the [0, 1] scale of the prior up to a gain and an offset; weights (P,): how far a pixel is to be
+    believed, 0 (not at all) to 1.
     """
 
     name: str
@@ -129,7 +132,8 @@ def contrast(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gain and offset, without gradient, that bring `prediction` (P,) closest to `target` in weighted least squares.
 
-    Of fewer than MIN_PIXELS pixels, a flat prediction or an inverted fit: gain 1 and the difference of the means.
+    Of fewer than MIN_PIXELS pixels, a flat prediction or a gain beyond intensity.GAINS (an inverted view, or one that
+    shows something else): gain 1 and the difference of the means.
     """
     with torch.no_grad():
         p, g, w = (v.double() if v.device.type != "mps" else v for v in (prediction, target, weights))
@@ -137,7 +141,7 @@ def contrast(
         mean_p, mean_g = (w * p).sum() / total, (w * g).sum() / total
         variance = (w * (p - mean_p).square()).sum() / total
         gain = (w * (p - mean_p) * (g - mean_g)).sum() / total / variance.clamp_min(1e-12)
-        if (weights > 0).sum() < MIN_PIXELS or variance < 1e-8 or gain <= 0:
+        if (weights > 0).sum() < MIN_PIXELS or variance < 1e-8 or not GAINS[0] <= gain <= GAINS[1]:
             gain = torch.ones_like(gain)
         return gain.to(prediction.dtype), (mean_g - gain * mean_p).to(prediction.dtype)
 
@@ -202,10 +206,10 @@ def match_slices(slices: torch.Tensor, painted: Painted) -> torch.Tensor:
     def moments(values):
         mean = (values * painted.mask).sum((1, 2, 3), keepdim=True) / count
         variance = ((values - mean).square() * painted.mask).sum((1, 2, 3), keepdim=True) / count
-        return mean, torch.where(variance > 0, variance, 1e-12).sqrt()
+        return mean, (variance + FLAT_VARIANCE).sqrt()
 
     (mean, sd), (mean_to, sd_to) = moments(slices), moments(painted.values)
-    return (slices - mean) * sd_to / sd.clamp_min(1e-3) + mean_to
+    return (slices - mean) * sd_to / sd + mean_to
 
 
 def painted_term(volume: torch.Tensor, painted: Painted, match: bool, mask_target: bool) -> torch.Tensor:
@@ -229,9 +233,9 @@ class Objective:
 
     sax: float = 2.0
     lax: float = 4.0
-    prior: float = 0.02
+    prior: float = 0.2
     norm: float = 0.02
-    curvature: float = 0.2
+    curvature: float = 2.0
     difference: float = 0.0
     temporal: float = 0.2
     rho: str = "charbonnier"  # of the sax and lax terms

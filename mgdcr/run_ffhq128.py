@@ -8,9 +8,10 @@
     torchrun --nproc_per_node 4 mgdcr/run_ffhq128.py    # the same batches, shared by four GPUs
 
 An encoder sees a slice, a U-Net predicts the noise in it from the noisy slice and the code; both learn together
-(Preechakul et al. 2022). Writes ROOT/checkpoints/cardiac_autoenc/best.ckpt (held-out subjects: highest PSNR after
-inversion and decoding) and ROOT/logs/cardiac_autoenc; the same command continues from last.ckpt and stops after
---total_samples. Next: encode.py for latent.ckpt, LAX_condition/ex8_multi_optimizer.py for the reconstruction.
+(Preechakul et al. 2022). Writes ROOT/checkpoints/cardiac_autoenc/best.ckpt (held-out subjects: lowest noise loss; of
+about equal ones highest PSNR after inversion and decoding) and ROOT/logs/cardiac_autoenc; the same command continues
+from last.ckpt and stops after --total_samples. Next: encode.py for latent.ckpt, LAX_condition/ex8_multi_optimizer.py
+for the reconstruction.
 """
 
 import sys

@@ -118,7 +118,8 @@ def prepare(name: str, sax: Cine, views: dict[str, Cine], *, factor: int, thickn
 def frame_of(study: Study, number: int, image_size: int | None = None) -> inverse.Frame:
     """A frame for the optimisation; `image_size`: of the prior, a window about the middle where slices are larger.
 
-    Pixels of a view that are NaN, Inf or exactly 0 (outside what was scanned) are not used.
+    Pixels of a view that are NaN, Inf or exactly 0 (outside what was scanned) are not used; the others count as far as
+    the view agrees with the acquired slices (baselines.trust).
     """
     sax = (study.scale.normalise(study.sax.data[number], clip=False) + 1) / 2
     spacing = study.dense.spacing_mm
@@ -147,9 +148,14 @@ def _view(study: Study, name: str, cine: Cine, number: int, linear: torch.Tensor
     position = sampler.coordinates[:, 0]
     near = usable & ((position - (position / study.factor).round() * study.factor).abs() < baselines.NEAR_SLICE)
     chosen = near if near.sum() >= inverse.objective.MIN_PIXELS else usable
+    # A gain near 1 is sought, so that a fit from few pixels can be told from nonsense: own units go first.
+    low, high = np.percentile(values[usable].numpy(), intensity.PERCENTILES) if usable.any() else (0.0, 1.0)
+    values = (values - float(low)) / (float(high - low) or 1.0)
     gain, offset = intensity.robust_gain_offset(values[chosen].numpy(), sampler_sample(sampler, linear)[chosen].numpy())
     values = torch.where(usable, gain * values + offset, torch.zeros_like(values))
-    return View(name, sampler, values, usable.float())
+    view = View(name, sampler, values, usable.float())
+    with torch.no_grad():
+        return replace(view, weights=view.weights * baselines.trust(linear, view, study.factor))
 
 
 def sampler_sample(sampler, volume: torch.Tensor) -> torch.Tensor:
@@ -254,7 +260,7 @@ def reconstruct(source: Source, prior, trained, goal, settings, options, rt, sto
             if not places[number].done and not stop.requested:
                 _single(study, frames[number], places[number], prior, goal, settings, options, stop)
         rt.barrier()
-    if (tied or rt.is_main) and not stop.requested:
+    if (tied or rt.is_main) and options.frame < 0 and not stop.requested:
         write_cine(folder, study, numbers)
 
 

@@ -16,7 +16,7 @@ ROOT = FOLDER.parents[1]
 
 
 HEAVY = ("aae_full", "disc_full", "vae_full")  # few parameters, large volumes
-REQUIRED = {"il_cldm": 30, "neuroldm3d": 38, "ldae": 27, "lapt": 27}
+REQUIRED = {"il_cldm": 30, "neuroldm3d": 38, "ldae": 27, "lapt": 27, "mgdcr": 21}
 
 
 def cases():
@@ -95,6 +95,20 @@ def test_operations_on_inputs():
     expected = (plain + 1.5 > 1.0).float()
     expected[1], expected[..., [0, 4]] = 0, 0
     assert 0 < mask.sum() < mask.numel() and np.array_equal(mask, expected)
+
+
+def test_operations_in_words():
+    """They are the paper's: applied in the order of the inputs, to families too, and unknown where it has none."""
+    specs = {"a": {"seed": "a", "shape": [3]}, "b": {"seed": "b/<k>", "shape": [3], "scale": 0.1, "then": "plus a"}}
+
+    def then(words, drawn, inputs):
+        assert words == "plus a"
+        return drawn + inputs["a"]
+
+    drawn = golden.draw_inputs(specs, then)
+    assert np.array_equal(drawn["b"](k=2), drawn["a"] + golden.fill.tensor("b/2", [3], 0.1))
+    with pytest.raises(golden.CaseError, match="then"):
+        golden.draw({"seed": "c", "shape": [3], "then": "plus a"})
 
 
 def test_a_comparison_can_be_restricted_to_where_it_means_something(tmp_path):

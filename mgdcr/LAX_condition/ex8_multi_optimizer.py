@@ -9,7 +9,7 @@ Reads 3D or 4D NIfTI files in their own geometry (DATA/<subject>/sax.nii.gz and 
 them. Writes OUT/<subject>/frame_<t>/{volume,seed}.nii.gz, codes.ckpt, log.jsonl (every term of every iteration),
 report.json, with --starts also sd.nii.gz, and OUT/<subject>/{volume.nii.gz, report.json} of all frames, in acquired
 intensities. The same command continues where it stopped; under torchrun subjects are shared out, or frames where
-nothing ties them. Minutes a frame with the tiny prior on two cores, about an hour on one GPU at the paper's size.
+nothing ties them. Half a minute a frame with the tiny prior on one core, about an hour on one GPU at the paper's size.
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ class Options(CommonOptions):
     chunk: int | None = option(None, "slices at a time: memory, not results" + OURS, group="optimisation")
     patience: int | None = option(None, "iterations without improvement, 0: no end" + OURS, group="optimisation")
     schedule: str | None = option(None, "start codes" + OURS, choices=("even", "legacy"), group="optimisation")
+    stride: int | None = option(None, "decode every so many dense slices, interpolate the others" + OURS,
+                                group="optimisation")  # fmt: skip
+    hold: bool | None = option(None, "leave the codes of acquired slices as encoded" + OURS, group="optimisation")
     solver: str | None = option(None, "solver" + OURS, choices=("gradient", "alternating"), group="optimisation")
     save_every: int | None = option(None, "iterations between savings" + OURS, group="optimisation")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from common import cli
 from common.cli import option
 
-PAPERS = ("il_cldm", "lapt", "neuroldm3d", "ldae")
+PAPERS = ("il_cldm", "lapt", "neuroldm3d", "ldae", "mgdcr")
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import runtime
-from tests.bench import il_cldm, lapt, ldae, neuroldm3d
+from tests.bench import il_cldm, lapt, ldae, mgdcr, neuroldm3d
 from tests.bench.measure import ENOUGH_S, measure
 from tests.helpers import run_script
 
@@ -26,7 +26,7 @@ def test_items(name):
         assert 0 < result["seconds"] < 60 and result["calls"] == 1 and 0.1 < result["peak_gib"] < 16
 
 
-ALL = [(paper, name) for paper in (lapt, neuroldm3d, ldae) for name in paper.ITEMS if "contiguous" not in name]
+ALL = [(paper, name) for paper in (lapt, neuroldm3d, ldae, mgdcr) for name in paper.ITEMS if "contiguous" not in name]
 
 
 @pytest.mark.parametrize("paper,name", ALL, ids=[f"{paper.__name__}-{name}" for paper, name in ALL])

@@ -7,12 +7,15 @@ Weights and inputs are drawn by `fill`. `upstream` must have:
     build(module, config) -> model      load(model, state_dict)       run(module, model, inputs) -> {name: output}
     to_upstream(model) -> state dict under the original's names      not_reproduced(case) -> {output: reason} (optional)
     read_words(case) -> {name: input} that the case states in words only (optional)
+    then(words, tensor, inputs) -> the tensor after what the words under "then" of an input say; `inputs`: drawn so far
 """
 
 import importlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +45,14 @@ class Family:
     """Tensors whose seed text has indices: family(i=3), or family(shape, k=1, key=...) where the shape is not fixed."""
 
     spec: dict
+    then: Callable | None = None  # tensor -> tensor
 
     def __call__(self, shape=None, **indices) -> torch.Tensor:
         seed = self.spec["seed"]
         for name, value in indices.items():
             seed = seed.replace(f"{{{name}}}", str(value)).replace(f"<{name}>", str(value))
-        return fill.tensor(seed, self.spec["shape"] if shape is None else shape, self.spec.get("scale", 1.0))
+        drawn = fill.tensor(seed, self.spec["shape"] if shape is None else shape, self.spec.get("scale", 1.0))
+        return drawn if self.then is None else self.then(drawn)
 
     def values(self, index: str) -> range:
         """Values of an index from its description, e.g. "1 to 8" or "999 down to 2, ..."."""
@@ -86,11 +91,29 @@ def upstream_of(path: Path, case: dict):
     raise CaseError("no paper's upstream.py knows it: name the paper in its path or under 'paper'")
 
 
-def draw(spec):
-    """Inputs as the case describes them: tensors for {seed, shape}, families for seeds with indices, else literal."""
+def draw_inputs(specs: dict, then: Callable | None = None) -> dict:
+    """All inputs of a case, in their order; `then` is the paper's, for operations that are given in words."""
+    inputs = {}
+
+    def after(words, drawn):
+        return then(words, drawn, inputs)
+
+    for name, spec in specs.items():
+        inputs[name] = draw(spec, then and after)
+    return inputs
+
+
+def draw(spec, then: Callable | None = None):
+    """An input as the case describes it: a tensor for {seed, shape}, a family for a seed with indices, else literal.
+
+    then(words, tensor): what an operation in words does; without it, such an operation is unknown.
+    """
     if isinstance(spec, dict) and "seed" in spec:
+        after = partial(then, spec["then"]) if then and "then" in spec else None
+        if after:
+            spec = {name: value for name, value in spec.items() if name != "then"}
         if re.search(r"\{\w+\}|<\w+>", spec["seed"]):
-            return Family(spec)
+            return Family(spec, after)
         unknown = spec.keys() - {"seed", "shape", "scale", "shift", "above", "zero_samples", "zero_last_axis"}
         if unknown:
             raise CaseError(f"input operation {', '.join(sorted(unknown))} is unknown")
@@ -101,8 +124,8 @@ def draw(spec):
             drawn[spec["zero_samples"]] = 0
         if "zero_last_axis" in spec:
             drawn[..., spec["zero_last_axis"]] = 0
-        return drawn
-    return {name: draw(item) for name, item in spec.items()} if isinstance(spec, dict) else spec
+        return drawn if after is None else after(drawn)
+    return {name: draw(item, then) for name, item in spec.items()} if isinstance(spec, dict) else spec
 
 
 def make_model(upstream, case: dict):
@@ -193,7 +216,7 @@ def _run_case(path: Path, case: dict) -> Result:
     if isinstance(model, torch.nn.Module):
         words = f"{case.get('what', '')} {case.get('notes', '')}"
         model.train("training mode" in words.lower())  # unless `run` knows better
-    inputs = {**{name: draw(spec) for name, spec in case["inputs"].items()}, **_extra(case)}
+    inputs = draw_inputs(case["inputs"], getattr(upstream, "then", None)) | _extra(case)
     inputs |= upstream.read_words(case) if hasattr(upstream, "read_words") else {}
     got = upstream.run(case["module"], model, inputs)
 

@@ -3,12 +3,18 @@
 import shutil
 
 import pytest
+import torch
 
+from common import training
 from mgdcr import geometry, make_phantom
+from mgdcr.model import DiffAE
 from tests.helpers import run_main
 from tests.mgdcr import stages
 
 FRAMES, N_SUBJECTS = 4, 3
+UNTRAINED = dict(image_size=64, model_channels=8, channel_mult=[1, 2, 2], enc_channel_mult=[1, 2, 2, 2],
+                 num_res_blocks=1, enc_num_res_blocks=1, attention_resolutions=[], num_heads=1, embed_channels=16,
+                 enc_out_channels=16, resblock_updown=True, dropout=0.0)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +60,15 @@ def slices(cohort):
 def runs(slices):
     """Root folder with a tiny run of every training, not to be changed."""
     return stages.trained(slices)
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """A small prior of random weights for 64 x 64 pixels, saved as a trained one."""
+    torch.manual_seed(0)
+    network = DiffAE(**UNTRAINED)
+    for parameter in network.parameters():  # layers that start at zero would hide the codes
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    path = tmp_path_factory.mktemp("untrained") / "best.ckpt"
+    training.save_network(path, "mgdcr diffae", network.state_dict(), UNTRAINED, normaliser={}, split="none")
+    return path

@@ -116,3 +116,18 @@ def test_picture(tmp_path, shifted):
     assert path.read_bytes().startswith(b"\x89PNG")
     shown = align.stripes(sax.data[0], sax.grid, views["4ch"].data[0, 0], views["4ch"].grid)
     assert shown.shape == (96, 128) and 0 <= shown.min() < shown.max() <= 1
+
+
+def test_slopes_are_those_of_the_residuals(sax, views):
+    """Against one unknown at a time, gains and offsets held."""
+    profiles = align.Profiles([sax.data[0]], sax.grid, [[v.data[0, 0]] for v in views.values()],
+                              [v.grid for v in views.values()])  # fmt: skip
+    at = np.random.default_rng(0).normal(0, 0.7, 22 + 12)
+    fits = {view: align.robust_gain_offset(lax, sax) for view in range(3) for sax, lax in [profiles.pair(at, view)]}
+    slopes, here = profiles.jacobian(at), profiles.residuals(at, fits=fits)
+    for place in range(len(at)):
+        moved = at.copy()
+        moved[place] += align.NUDGE
+        column = (profiles.residuals(moved, fits=fits) - here) / align.NUDGE
+        np.testing.assert_allclose(slopes[:, place], column, atol=1e-9)
+        assert np.abs(column).max() > 1e-4

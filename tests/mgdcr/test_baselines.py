@@ -1,5 +1,7 @@
 """Interpolations along the slices, and what the long-axis views add to them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,9 @@ from mgdcr.evaluate import image_scores, region, unobserved
 FACTOR = 8
 
 
-def phantom(phase=0.0, gain=1.0, offset=0.0, views=("4ch", "2ch", "3ch")):
+def phantom(phase=0.0, gain=1.0, offset=0.0, views=("4ch", "2ch", "3ch"), pixel=make_phantom.PIXEL_MM):
     """A frame of the phantom, its dense truth in the frame's scale, and the mask of its region of interest."""
-    factors, pixel = make_phantom.draw_factors(0, 1), make_phantom.PIXEL_MM
+    factors = make_phantom.draw_factors(0, 1)
     dense = make_phantom.image(factors, phase, *make_phantom.dense_points()).astype(np.float32)
     stack = np.ascontiguousarray(dense[None, ::FACTOR])
     sax = geometry.Cine(stack, geometry.Grid(make_phantom.stack_affine(8.0), stack.shape[1:]))
@@ -94,6 +96,17 @@ class TestLaxResidual:
             ours = baselines.lax_residual(linear, frame.views, FACTOR, frame.spacing_mm)
             assert psnr(ours, truth, mask) > psnr(linear, truth, mask) + wanted
         np.testing.assert_array_equal(baselines.lax_residual(linear, [], FACTOR, frame.spacing_mm), linear)
+
+    def test_a15_views_are_trusted_as_far_as_they_agree_with_the_slices(self):
+        """A15, A16: nearly fully where ideal, little where displaced by a pixel, in between with noise."""
+        frame, truth, _ = phantom(pixel=1.0)
+        linear = torch.from_numpy(baselines.interpolate(frame.sax, FACTOR))
+        assert min(float(view.weights.max()) for view in frame.views) > 0.9
+        view, generator = frame.views[0], torch.Generator().manual_seed(0)
+        noisy = replace(view, values=view.values + 0.05 * torch.randn(len(view.values), generator=generator))
+        displaced = replace(view, values=view.sampler.sample(torch.from_numpy(np.roll(truth, 1, axis=2))))
+        found = [baselines.trust(linear, v, FACTOR) for v in (view, noisy, displaced)]
+        assert found[0] > 0.9 > found[1] > 0.4 > found[2]
 
     def test_a21_views_without_pixels_and_along_the_slices_are_left_out(self):
         frame, _, _ = phantom(views=("4ch",))

@@ -237,3 +237,15 @@ def test_every_layer_but_the_first_reads_the_code_again():
 def test_layers_that_a_latent_network_cannot_have(layers, skips):
     with pytest.raises(ValueError, match="layers"):
         MLPSkipNet(num_channels=4, num_hid_channels=6, num_layers=layers, skip_layers=skips)
+
+
+def test_norm_groups_of_a_narrow_network():
+    """Of one channel each, groups hide from the code how bright a slice is; fewer show it; the weights are the same."""
+    flat = torch.stack([torch.full((1, 16, 16), value) for value in (-0.5, 0.5)])
+    alone, grouped = small(norm_groups=32), small(norm_groups=2)
+    grouped.load_state_dict(alone.state_dict())
+    apart = [(codes[0] - codes[1]).abs().mean().item() for codes in (m.encode(flat) for m in (alone, grouped))]
+    assert apart[1] > 10 * apart[0]
+    assert {m.num_groups for m in grouped.modules() if isinstance(m, torch.nn.GroupNorm)} == {2}
+    by_default = [m for m in small().modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert all(m.num_groups == min(32, m.num_channels) for m in by_default)

@@ -140,3 +140,19 @@ def test_nothing_is_overwritten_unasked(cohort):
 def test_A31_help_from_another_folder(tmp_path, script):
     done = run_script([f"mgdcr/{script}", "--help"], cwd=tmp_path)
     assert done.returncode == 0 and "--overwrite" in done.stdout
+
+
+def test_stacks_begin_where_planning_put_them(tmp_path):
+    """--start_sax: every 8th dense slice from a random one on; the affine says where, and the truth stays."""
+    run_main(make_phantom, "--out", tmp_path, "--n_subjects", 3, "--frames", 1, "--start_sax", 7)
+    record = json.loads((tmp_path / "phantom.json").read_text())["subjects"]
+    starts = [subject["sax_start"] for subject in record]
+    assert len(set(starts)) > 1 and set(starts) <= set(range(8))
+    for subject in record:
+        folder, start = tmp_path / subject["subject"], subject["sax_start"]
+        sax, dense = (geometry.load_cine(folder / f"{name}.nii.gz") for name in ("sax", "dense"))
+        assert sax.data.shape[1] == (10 if start else 11)
+        np.testing.assert_allclose(sax.data, dense.data[:, start::8], atol=1e-6)
+        np.testing.assert_allclose(sax.grid.world([0, 0, 1]), dense.grid.world([0, 0, start + 8]), atol=1e-4)
+    with pytest.raises(UserError, match="start_sax 8"):
+        run_main(make_phantom, "--out", tmp_path / "other", "--start_sax", 8)
