@@ -280,7 +280,7 @@ def _tied(study, frames, places: list[FrameFolder], prior, goal, settings, optio
     """Frames that warm starts and the temporal term tie: all of them, or nothing where all are done."""
     if all(place.done for place in places):
         return
-    start, last, logs = time.time(), options.sweeps - 1 if goal.temporal else 0, []
+    start, logs = time.time(), []
 
     def log(sweep, i):
         logs.append(places[i].log(sweep))
@@ -288,13 +288,14 @@ def _tied(study, frames, places: list[FrameFolder], prior, goal, settings, optio
 
     def on_frame(sweep, i, result):
         logs[-1].close()
-        if sweep == last and not stop.requested:
-            places[i].write(study, result, (time.time() - start) / (i + 1))
 
-    inverse.reconstruct_cine(prior, frames, goal, settings, sweeps=options.sweeps,
+    results = inverse.reconstruct_cine(prior, frames, goal, settings, sweeps=options.sweeps,
                              files=lambda sweep, i: places[i].files(sweep), log=log,
                              stop=lambda: stop.requested, on_frame=on_frame, starts=options.starts,
                              strength=options.perturbation, seed=options.seed)  # fmt: skip
+    if not stop.requested:
+        for place, result in zip(places, results, strict=True):
+            place.write(study, result, (time.time() - start) / len(places))
 
 
 def write_cine(folder: Path, study: Study, numbers: list[int]) -> None:

@@ -316,6 +316,22 @@ class TestCine:
 
         assert cine(20.0) < 0.8 * cine(0.0)
 
+    def test_a20_what_is_added_is_averaged_over_phases(self):
+        """A20: a constant addition stays, one that alternates goes; acquired slices and the interpolation stay."""
+        from mgdcr.evaluate import jitter
+
+        frames = [frame_with()[0] for _ in range(6)]
+        base = baselines.interpolate(frames[0].sax, FACTOR, "linear")
+        between = (np.arange(len(base)) % FACTOR != 0).astype(np.float32)[:, None, None]
+        added = [(0.1 + 0.05 * (-1) ** t) * between for t in range(6)]
+        results = [inverse.Result(base + more, base, base, None, None, {}) for more in added]
+        steady = inverse.steadied(frames, results)
+        for result in steady:
+            np.testing.assert_allclose(result.volume, base + 0.1 * between, atol=1e-6)
+            np.testing.assert_array_equal(result.volume[::FACTOR], frames[0].sax)
+        assert jitter(np.stack([r.volume for r in results])) > 0.05 > jitter(np.stack([r.volume for r in steady]))
+        assert inverse.steadied(frames[:4], results[:4]) == results[:4]
+
     def test_later_phases_begin_where_the_one_before_ended(self):
         frames, begun = [frame_with()[0] for _ in range(2)], {}
 
