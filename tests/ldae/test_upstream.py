@@ -282,7 +282,7 @@ def test_unet_options_read_off_the_weights(extra):
     assert upstream.unet_settings(loaded.prior) == dict(
         in_channels=3, base_channels=32, channel_mult=extra["channel_multiplier"],
         num_res_blocks=extra["num_residual_blocks_of_a_block"], attention_resolutions=extra["attention_resolutions"],
-        num_heads=1, head_channels=-1, new_attention_order=False, dropout=0.1, isotropic=False,
+        num_heads=1, head_channels=-1, new_attention_order=False, dropout=0.1, isotropic=False, norm_groups=32,
     )  # fmt: skip
 
 
