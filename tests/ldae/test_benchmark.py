@@ -182,6 +182,6 @@ def test_the_tiny_preset_runs(tmp_path):
     run_main(benchmark, "--preset", "tiny", "--measure", "passes", "--repeats", 1, "--device", "cpu", "--out", out)
     result = json.loads(out.read_text())
     assert result["volume"] == [24, 32, 24] and result["options"]["steps"] == 10
-    # 6.9 times: with 4 norm groups the voxel model has the autoencoder's own narrow widths, 8 and 16, on its fine levels.
-    # It was above 10 while they had to be rounded up to 32.
+    # 6.9 times: with 4 norm groups the voxel model's fine levels have the autoencoder's own narrow widths, 8 and 16. It
+    # was above 10 while they had to be rounded up to 32.
     assert result["gmac_per_scan"]["voxel"] > 6 * result["gmac_per_scan"]["ldae"]
