@@ -137,18 +137,8 @@ def load(model: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
     if isinstance(model, Denoiser) and model.null_label is not None and table is not None:
         if len(table) == model.null_label:
             state["label_emb.weight"] = torch.cat([table, torch.zeros_like(table[:1])])
-    problems = [f"no {key}" for key in names.values() if key not in state and not key.endswith(DERIVED)]
-    problems += [f"unexpected {key}" for key in state if key not in set(names.values())]
-    problems += [
-        f"{theirs} has shape {tuple(state[theirs].shape)}, expected {tuple(own[ours].shape)}"
-        for ours, theirs in names.items()
-        if theirs in state and state[theirs].shape != own[ours].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        listed = ", ".join(problems[:3]) + more
-        raise UserError(f"weights do not fit {type(model).__name__}: {listed}; check the model options")
-    model.load_state_dict({ours: state.get(theirs, own[ours]) for ours, theirs in names.items()})
+    derived = {theirs: own[ours] for ours, theirs in names.items() if theirs.endswith(DERIVED)}
+    checkpoint.load_renamed(model, derived | state, names, set(names.values()))
     return model
 
 
