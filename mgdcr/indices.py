@@ -14,6 +14,10 @@ from scipy import ndimage
 LABELS = {"lv": 1, "myo": 2, "rv": 3}
 DENSITY = 1.05  # g per ml of myocardium
 CODES = np.array([0, *LABELS.values()])
+OUTLINED = ((1,), (1, 2), (3,))  # labels within each closed outline: cavity, whole left ventricle, right cavity
+# Chosen on hearts of the phantom that nothing is tested on; half or twice as much gives the same within 0.007 Dice.
+GUIDE_PER_MM = 0.05  # ridge on an expected outline, in ranges of the volume per mm
+GUIDE_MM = 4.0  # its reach
 
 
 def volumes_ml(labels: np.ndarray, spacing_mm) -> dict[str, np.ndarray]:
@@ -73,12 +77,37 @@ def grow_labels(volume: np.ndarray, labels: np.ndarray, factor: int, spacing_mm,
 
     The labels of the acquired slices grow through the volume and meet where it changes most (watershed of the gradient
     magnitude), so the outlines between the slices are those of the image: where the walls are right, they are right.
-    spacing_mm along the three axes; smooth: Gaussian in the slices, pixels.
+    Where it shows no edge, as between the myocardium and the wall of the right ventricle, they meet at the outlines
+    that the acquired slices let expect. spacing_mm along the three axes; smooth: Gaussian in the slices, pixels. The
+    unit of the volume does not matter.
     """
     from skimage.segmentation import watershed
 
     smoothed = ndimage.gaussian_filter(volume.astype(np.float32), (0, smooth, smooth))
     edges = np.sqrt(sum(part**2 for part in np.gradient(smoothed, *spacing_mm)))
+    edges += GUIDE_PER_MM * np.ptp(volume) * expected_outlines(labels, factor, spacing_mm[1:])
     seeds = np.zeros(volume.shape, np.int32)
     seeds[::factor] = labels.astype(np.int32) + 1  # 0: to be found
     return (watershed(edges, seeds) - 1).astype(labels.dtype)
+
+
+def expected_outlines(labels: np.ndarray, factor: int, pixel_mm) -> np.ndarray:
+    """Outlines (N, H, W) that interpolating the shapes of a stack (Z, H, W) gives: 1 on them, 0 from GUIDE_MM away.
+
+    Signed distances from each outline are linear between the slices. A structure that ends in a gap keeps the outline
+    of its last slice there: where it ends, the image has to tell. pixel_mm (rows, columns).
+    """
+    out = np.zeros((factor * (len(labels) - 1) + 1, *labels.shape[1:]), np.float32)
+    share = (np.arange(factor + 1) / factor)[:, None, None]
+    for codes in OUTLINED:
+        inside = np.isin(labels, codes)
+        distance = [
+            ndimage.distance_transform_edt(part, pixel_mm) - ndimage.distance_transform_edt(~part, pixel_mm)
+            for part in inside
+        ]
+        for i in np.flatnonzero(inside[:-1].any((1, 2)) | inside[1:].any((1, 2))):
+            first, last = (distance[j if inside[j].any() else 2 * i + 1 - j] for j in (i, i + 1))
+            near = 1 - np.abs((1 - share) * first + share * last) / GUIDE_MM
+            gap = out[factor * i : factor * (i + 1) + 1]
+            np.maximum(gap, near, out=gap)
+    return out

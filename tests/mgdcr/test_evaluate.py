@@ -68,6 +68,40 @@ class TestIndices:
         volumes = [np.count_nonzero(labels == 1) for labels in (grown, truth)]
         assert volumes[0] == pytest.approx(volumes[1], rel=0.04)
 
+    def test_a13_labels_without_edges_meet_at_interpolated_shapes(self):
+        """A cone of circular slices in a volume that shows no wall: its radius is linear between the slices."""
+        rows, columns = np.mgrid[:40, :40] - 19.5
+        radius = np.hypot(rows, columns)
+        sparse = np.stack([np.where(radius < r, 1, 0) for r in (8, 12, 16)]).astype(np.uint8)
+        wanted = np.stack([radius < 8 + k for k in range(9)])
+        ramp = np.linspace(0, 1, 9)[:, None, None] + np.zeros((9, 40, 40))  # equal edges everywhere, so none that leads
+        grown = indices.grow_labels(ramp, sparse, 4, (1, 2, 2))
+        assert evaluate.label_scores(grown, wanted.astype(np.uint8), (1, 2, 2))["dice_lv"] > 0.95
+        near = indices.expected_outlines(sparse, 4, (2, 2))
+        assert near.shape == (9, 40, 40) and 0 <= near.min() and near.max() <= 1
+        for k in range(9):  # the outline lies between the pixels at radius 8 + k -+ 1/2
+            assert near[k][np.abs(radius - (8 + k)) < 0.4].min() > 0.4
+            assert near[k][np.abs(radius - (8 + k)) > 3.2].max() == 0
+
+    def test_a13_units_do_not_matter_and_a_wall_of_equal_grey_is_no_leak(self, monkeypatch):
+        """A bridge of the same grey between two structures is not followed, though no edge is there."""
+        rows, columns = np.mgrid[:40, :40] - 19.5
+        disc, bridge = np.hypot(rows, columns) < 9, (np.abs(rows) < 3) & (columns > 0)
+        image = np.repeat((0.3 + 0.5 * (disc | bridge))[None], 9, 0).astype(np.float32)
+        sparse = np.repeat(np.where(disc, 2, 0)[None], 3, 0).astype(np.uint8)
+        grown = indices.grow_labels(image, sparse, 4, (1, 2, 2))
+        assert ((grown == 2) != disc).sum((1, 2)).max() <= 2
+        np.testing.assert_array_equal(indices.grow_labels(1500 * image + 40, sparse, 4, (1, 2, 2)), grown)
+        monkeypatch.setattr(indices, "GUIDE_PER_MM", 0.0)
+        assert ((indices.grow_labels(image, sparse, 4, (1, 2, 2)) == 2) != disc).sum((1, 2)).max() > 10
+
+    def test_a_structure_that_ends_in_a_gap_ends_where_the_image_says(self):
+        image, sparse = np.full((9, 20, 20), 0.2, np.float32), np.zeros((3, 20, 20), np.uint8)
+        image[:3, 6:14, 6:14] = 0.9  # ends between dense slices 2 and 3
+        sparse[0, 6:14, 6:14] = 1
+        grown = indices.grow_labels(image, sparse, 4, (1, 2, 2))
+        assert [int((part == 1).sum()) > 32 for part in grown] == [True] * 3 + [False] * 6
+
 
 class TestScores:
     def test_perfect_and_worse(self):
