@@ -236,6 +236,18 @@ class Result:
     spread: np.ndarray | None = None
 
 
+@dataclass
+class Fit:
+    """An optimised frame before images are made of it; `decoded` of every start and `seed` are (N, H, W) in [0, 1]."""
+
+    decoded: list[np.ndarray]
+    seed: np.ndarray
+    codes: Codes
+    seeds: Codes
+    evidence: np.ndarray  # evidence_of_seeds
+    report: dict
+
+
 class Problem:
     """A frame together with the prior: start codes, their images, and the decoding onto the whole plane."""
 
@@ -245,7 +257,9 @@ class Problem:
         self.prior, self.frame, self.goal, self.settings = prior, frame, goal, settings
         self.device = prior.rt.device
         sax = torch.from_numpy(np.ascontiguousarray(frame.sax, dtype=np.float32)).to(self.device)
-        self.around = torch.from_numpy(interpolation(frame, settings.base)).to(self.device)
+        self.base = base_of([frame], settings.base)
+        around = baselines.interpolate(frame.sax, frame.factor, self.base)  # what lies outside the prior's window
+        self.around = torch.from_numpy(around).to(self.device)
         self.stride = stride_within(frame.factor, settings.stride)
         self.step = frame.factor // self.stride  # decoded slices per gap
         if seed_codes is None:
@@ -299,9 +313,9 @@ def consistent(volume: Tensor, sax: Tensor) -> Tensor:
     return volume + between(sax - volume[::factor], factor)
 
 
-def interpolation(frame: Frame, base: str) -> np.ndarray:
-    kind = baselines.better_interpolation(frame.sax) if base == "auto" else base
-    return baselines.interpolate(frame.sax, frame.factor, kind)
+def base_of(frames: Sequence[Frame], base: str) -> str:
+    """The interpolation under the residual; "auto" is settled for all `frames` together."""
+    return baselines.better_interpolation(*(frame.sax for frame in frames)) if base == "auto" else base
 
 
 def paint(views: list[View], reference: Tensor, match: bool) -> Painted:
@@ -496,27 +510,48 @@ def optimise(problem: Problem, start: Codes, *, files: Files | None = None, save
 # ---- from codes to images -------------------------------------------------------------------------------------------
 
 
-def assemble(frame: Frame, decoded: np.ndarray, seed: np.ndarray, settings: Settings,
-             seed_share: float = 0.0) -> tuple[np.ndarray, dict]:  # fmt: skip
-    """The final volume (N, H, W) in [0, 1] from decoded and start images, and what was done.
+@dataclass(frozen=True)
+class Mixture:
+    """How images are made: the interpolation, the shares of both changes, how far the views are believed (0 to 1)."""
 
-    "residual": interpolation + a (start - interpolation) + b (decoded - start), with a and b in [0, 1] as suits the
-    views best, + what the views still miss, spread over the slices. As far as the views are not to be believed
-    (baselines.trust), or there are none, b is 0, because nothing speaks for the change, and a is `seed_share`. So
+    base: str
+    shares: tuple[float, float]
+    trust: float
+
+
+def mixture(frames: list[Frame], decoded: list[np.ndarray], seeds: list[np.ndarray], settings: Settings,
+            seed_share: float = 0.0) -> Mixture:  # fmt: skip
+    """One mixture for all frames, which are those of one heart, from their decoded and start images (N, H, W) each.
+
+    Least squares over the pixels of all views of all frames at once, so that what is taken of the changes does not jump
+    from phase to phase. As far as the views are not to be believed (baselines.trust), or there are none, the share of
+    the optimisation is 0, because nothing speaks for its change, and that of the start codes is `seed_share`. So
     neither a weak prior nor a wrong view can spoil much.
     """
-    kind = baselines.better_interpolation(frame.sax) if settings.base == "auto" else settings.base
-    report = {"base": kind, "shares": [1.0, 1.0]}
+    kind = base_of(frames, settings.base)
+    if settings.output == "decoded":
+        return Mixture(kind, (1.0, 1.0), 1.0)
+    bases = [baselines.interpolate(frame.sax, frame.factor, kind) for frame in frames]
+    changes = [(seed - base, own - seed) for base, seed, own in zip(bases, seeds, decoded, strict=True)]
+    believed = trust_of([view for frame in frames for view in frame.views])
+    a, b = shares_of_changes(bases, changes, frames) if believed else (0.0, 0.0)
+    return Mixture(kind, (believed * a + (1 - believed) * seed_share, believed * b), believed)
+
+
+def assemble(frame: Frame, decoded: np.ndarray, seed: np.ndarray, settings: Settings,
+             mix: Mixture) -> tuple[np.ndarray, dict]:  # fmt: skip
+    """The final volume (N, H, W) in [0, 1] of a frame from its decoded and start images, and what was done.
+
+    "residual": interpolation + a (start - interpolation) + b (decoded - start), with the shares a and b of `mix`,
+    + what the views still miss, spread over the slices.
+    """
+    report = {"base": mix.base, "shares": list(mix.shares), "trust": mix.trust}
     if settings.output == "decoded":
         volume = decoded.astype(np.float32).copy()
     else:
-        base = baselines.interpolate(frame.sax, frame.factor, kind)
+        base = baselines.interpolate(frame.sax, frame.factor, mix.base)
         changes = seed - base, decoded - seed
-        believed = trust_of(frame.views)
-        a, b = shares_of_changes(base, changes, frame) if believed else (0.0, 0.0)
-        report["shares"] = [believed * a + (1 - believed) * seed_share, believed * b]
-        report["trust"] = believed
-        volume = base + sum(np.float32(a) * change for a, change in zip(report["shares"], changes, strict=True))
+        volume = base + sum(np.float32(a) * change for a, change in zip(mix.shares, changes, strict=True))
         if settings.propagate and frame.views:
             volume = baselines.lax_residual(volume, frame.views, frame.factor, frame.spacing_mm)
         volume = volume.clip(frame.sax.min(), frame.sax.max())  # what no slice shows is no anatomy
@@ -533,14 +568,16 @@ def trust_of(views: list[View]) -> float:
     return float(torch.cat(used).mean()) if sum(map(len, used)) else 0.0
 
 
-def shares_of_changes(base: np.ndarray, changes: Sequence[np.ndarray], frame: Frame) -> list[float]:
-    """Least-squares factors in [0, 1] of `changes` on `base`, volumes (N, H, W), by the pixels of all views."""
-    dense, rows, missing = torch.from_numpy(base), [], []
-    for view in frame.views:
-        gain, offset = baselines.view_contrast(dense, view, frame.factor)
-        weight = view.weights.sqrt()
-        missing.append(weight * ((view.values - offset) / gain - view.sampler.sample(dense)))
-        rows.append(torch.stack([weight * view.sampler.sample(torch.from_numpy(change)) for change in changes], 1))
+def shares_of_changes(bases: list[np.ndarray], changes: list[Sequence[np.ndarray]], frames: list[Frame]) -> list[float]:
+    """Least-squares factors in [0, 1] of the changes on the bases, volumes (N, H, W) of every frame, by all views."""
+    rows, missing = [], []
+    for base, parts, frame in zip(bases, changes, frames, strict=True):
+        dense = torch.from_numpy(base)
+        for view in frame.views:
+            gain, offset = baselines.view_contrast(dense, view, frame.factor)
+            weight = view.weights.sqrt()
+            missing.append(weight * ((view.values - offset) / gain - view.sampler.sample(dense)))
+            rows.append(torch.stack([weight * view.sampler.sample(torch.from_numpy(part)) for part in parts], 1))
     return shares(torch.cat(rows).numpy(), torch.cat(missing).numpy())
 
 
@@ -554,15 +591,15 @@ def shares(effects: np.ndarray, missing: np.ndarray) -> list[float]:
 
 
 @torch.no_grad()
-def share_of_seeds(problem: Problem) -> float:
-    """How far decoded start codes may replace the interpolation where no view tells, 0 to 1: the slices tell.
+def evidence_of_seeds(problem: Problem) -> np.ndarray:
+    """What the acquired slices say of decoded start codes: [effect . missing, effect . effect], for `share_of_seeds`.
 
     Every inner acquired slice is predicted from its neighbours, by the codes halfway between theirs and by the
-    interpolation; the least-squares share of the one in the other.
+    interpolation. `effect` is what the first prediction changes of the second, `missing` what the second lacks.
     """
     sax, x, z = problem.data.sax, problem.seeds.x[:: problem.step], problem.seeds.z[:: problem.step]
     if len(sax) < 3:
-        return 0.0
+        return np.zeros(2)
     halfway = torch.stack([objective.slerp(a, b, 0.5) for a, b in zip(x[:-2], x[2:], strict=True)])
     decoded, own = problem.prior.decode(halfway, (z[:-2] + z[2:]) / 2), problem.prior.decode(x, z)
     if problem.frame.window:
@@ -572,11 +609,15 @@ def share_of_seeds(problem: Problem) -> float:
     missed = sax - own
     predicted = decoded + (missed[:-2] + missed[2:]) / 2
     stack = problem.frame.sax
-    base = baselines.left_out(
-        stack, baselines.better_interpolation(stack) if (kind := problem.settings.base) == "auto" else kind
-    )
-    effect = predicted.cpu().numpy() - base
-    return shares(effect.reshape(-1, 1), (stack[1:-1] - base).ravel())[0]
+    base = baselines.left_out(stack, problem.base)
+    effect, missing = (part.astype(np.float64) for part in (predicted.cpu().numpy() - base, stack[1:-1] - base))
+    return np.array([(effect * missing).sum(), np.square(effect).sum()])
+
+
+def share_of_seeds(evidence: Sequence[np.ndarray]) -> float:
+    """How far decoded start codes may replace the interpolation where no view tells, 0 to 1; of one or more frames."""
+    along, size = np.sum(evidence, 0)
+    return float(np.clip(along / size, 0, 1)) if size > 1e-12 else 0.0
 
 
 def perturbed(codes: Codes, factor: int, strength: float, generator: torch.Generator) -> Codes:
@@ -591,15 +632,10 @@ def perturbed(codes: Codes, factor: int, strength: float, generator: torch.Gener
     return Codes(x, z)
 
 
-def reconstruct(prior: Prior, frame: Frame, goal: Objective, settings: Settings, *, files: Files | None = None,
-                warm: Codes | None = None, neighbours: tuple[np.ndarray, ...] = (), starts: int = 1,
-                strength: float = 0.2, seed: int = 0, log=None, stop=None, on_iteration=None) -> Result:  # fmt: skip
-    """Reconstruct one frame.
-
-    warm: displacement of the codes from their start codes in the frame before, to begin with. neighbours: decoded
-    volumes of the phases before and after, for the temporal term. starts > 1: as many optimisations from perturbed
-    start codes; the volume is their mean and `spread` their standard deviation.
-    """
+def fit(prior: Prior, frame: Frame, goal: Objective, settings: Settings, *, files: Files | None = None,
+        warm: Codes | None = None, neighbours: tuple[np.ndarray, ...] = (), starts: int = 1, strength: float = 0.2,
+        seed: int = 0, log=None, stop=None, on_iteration=None) -> Fit:  # fmt: skip
+    """Optimise the codes of one frame; the options are those of `reconstruct`."""
     saved = files.load(prior.rt.device) if files else None
     known = Codes(saved["seed_x"].to(prior.rt.device), saved["seed_z"].to(prior.rt.device)) if saved else None
     problem = Problem(prior, frame, goal, settings, known)
@@ -609,33 +645,54 @@ def reconstruct(prior: Prior, frame: Frame, goal: Objective, settings: Settings,
         begin = Codes(begin.x + warm.x.to(begin.x), begin.z + warm.z.to(begin.z))
     with torch.no_grad():
         seed_images = problem.images(problem.seeds.x, problem.seeds.z).cpu().numpy()
-    seed_share = 0.0 if settings.output == "decoded" else share_of_seeds(problem)
 
-    def run(start: Codes, **more) -> tuple[np.ndarray, np.ndarray, dict, Optimiser]:
+    def run(start: Codes, **more) -> tuple[np.ndarray, Optimiser]:
         optimiser = optimise(problem, start, stop=stop, **more)
         with torch.no_grad():
-            decoded = problem.images(optimiser.x, optimiser.z).cpu().numpy()
-        volume, report = assemble(frame, decoded, seed_images, settings, seed_share)
-        return volume, decoded, report, optimiser
+            return problem.images(optimiser.x, optimiser.z).cpu().numpy(), optimiser
 
-    volume, decoded, report, optimiser = run(begin, files=files, saved=saved, log=log, on_iteration=on_iteration)
-    volumes = [volume]
-    for k in range(1, starts):
-        generator = runtime.generator(seed, "start", k)
-        volumes.append(run(perturbed(begin, frame.factor, strength, generator))[0])
-    spread = None
-    if starts > 1:
-        volume = np.mean(volumes, 0, dtype=np.float64).astype(np.float32)
-        spread = np.std(volumes, 0, ddof=1, dtype=np.float64).astype(np.float32)
-    report |= {"iterations": optimiser.iteration, "stopped_early": optimiser.iteration < settings.iterations,
-               "total_per_slice": optimiser.best, "starts": starts}  # fmt: skip
+    decoded, optimiser = run(begin, files=files, saved=saved, log=log, on_iteration=on_iteration)
+    others = [run(perturbed(begin, frame.factor, strength, runtime.generator(seed, "start", k)))[0]
+              for k in range(1, starts)]  # fmt: skip
+    report = {"iterations": optimiser.iteration, "stopped_early": optimiser.iteration < settings.iterations,
+              "total_per_slice": optimiser.best, "starts": starts}  # fmt: skip
+    evidence = np.zeros(2) if settings.output == "decoded" else evidence_of_seeds(problem)
     codes = Codes(optimiser.x.detach(), optimiser.z.detach())
-    return Result(volume, decoded, seed_images, codes, problem.seeds, report, spread)
+    return Fit([decoded, *others], seed_images, codes, problem.seeds, evidence, report)
 
 
-def warm_start(result: Result, share: float = 1.0) -> Codes:
+def images_of(frames: list[Frame], fits: list[Fit], settings: Settings) -> list[Result]:
+    """The images of one frame, or of all frames of a cine, which share one mixture (one for every start)."""
+    seeds, seed_share = [fit.seed for fit in fits], share_of_seeds([fit.evidence for fit in fits])
+    mixtures = [mixture(frames, list(decoded), seeds, settings, seed_share)
+                for decoded in zip(*(fit.decoded for fit in fits), strict=True)]  # fmt: skip
+    results = []
+    for frame, fit in zip(frames, fits, strict=True):
+        made = [assemble(frame, decoded, fit.seed, settings, mix)
+                for decoded, mix in zip(fit.decoded, mixtures, strict=True)]  # fmt: skip
+        (volume, report), spread = made[0], None
+        if len(made) > 1:
+            volumes = [volume for volume, _ in made]
+            volume = np.mean(volumes, 0, dtype=np.float64).astype(np.float32)
+            spread = np.std(volumes, 0, ddof=1, dtype=np.float64).astype(np.float32)
+        results.append(Result(volume, fit.decoded[0], fit.seed, fit.codes, fit.seeds, report | fit.report, spread))
+    return results
+
+
+def reconstruct(prior: Prior, frame: Frame, goal: Objective, settings: Settings, **more) -> Result:
+    """Reconstruct one frame.
+
+    files: where the state lives. warm: displacement of the codes from their start codes in the frame before, to begin
+    with. neighbours: decoded volumes of the phases before and after, for the temporal term. starts > 1: as many
+    optimisations, from start codes perturbed by `strength` with `seed`; the volume is their mean and `spread` their
+    standard deviation. log, stop, on_iteration: as `optimise` has them.
+    """
+    return images_of([frame], [fit(prior, frame, goal, settings, **more)], settings)[0]
+
+
+def warm_start(before: Fit) -> Codes:
     """What the optimisation changed of the codes, to begin the next phase with."""
-    return Codes(share * (result.codes.x - result.seeds.x), share * (result.codes.z - result.seeds.z))
+    return Codes(before.codes.x - before.seeds.x, before.codes.z - before.seeds.z)
 
 
 def neighbours_of(frame: int, n_frames: int) -> list[int]:
@@ -649,26 +706,29 @@ def reconstruct_cine(prior: Prior, frames: list[Frame], goal: Objective, setting
     """All phases of a cycle: in a first sweep each begins where the one before ended; later ones see both neighbours.
 
     With the temporal term at 0 one sweep is all. A sweep moves one phase at a time and holds the others; first and last
-    phase are neighbours; at the end `steadied` ties all. files(sweep, frame) -> Files, log(sweep, frame) -> what
-    `optimise` wants, on_frame(sweep, frame, result) before that.
+    phase are neighbours. Images are made of all phases together at the end (`images_of`), and `steadied` where the
+    temporal term ties them. files(sweep, frame) -> Files, log(sweep, frame) -> what `optimise` wants,
+    on_frame(sweep, frame, fit) before that. An empty list if stop() ended it: its state is in the files.
     """
-    results: list[Result | None] = [None] * len(frames)
+    settings = replace(settings, base=base_of(frames, settings.base))
+    fits: list[Fit | None] = [None] * len(frames)
     sweeps = sweeps if goal.temporal and len(frames) > 1 else 1
     for sweep in range(sweeps):
         for i, frame in enumerate(frames):
-            before = results[i] if sweep else results[i - 1] if i else None
-            near = [results[j] for j in neighbours_of(i, len(frames))] if goal.temporal else []
-            results[i] = reconstruct(
+            before = fits[i] if sweep else fits[i - 1] if i else None
+            near = [fits[j] for j in neighbours_of(i, len(frames))] if goal.temporal else []
+            fits[i] = fit(
                 prior, frame, goal, settings, files=files(sweep, i) if files else None,
                 warm=warm_start(before) if before else None,
-                neighbours=tuple(r.decoded for r in near if r is not None),
+                neighbours=tuple(other.decoded[0] for other in near if other is not None),
                 log=log(sweep, i) if log else None, stop=stop, starts=starts if sweep == sweeps - 1 else 1,
                 strength=strength, seed=seed,
             )  # fmt: skip
             if on_frame:
-                on_frame(sweep, i, results[i])
+                on_frame(sweep, i, fits[i])
             if stop is not None and stop():
-                return [r for r in results if r is not None]
+                return []
+    results = images_of(frames, fits, settings)
     return steadied(frames, results) if goal.temporal and settings.output == "residual" else results
 
 

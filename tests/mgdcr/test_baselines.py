@@ -75,6 +75,8 @@ def test_better_interpolation_needs_no_truth():
     smooth, rough = np.sin(t) * np.ones((1, 3, 3)), np.random.default_rng(1).random((9, 3, 3))
     assert baselines.better_interpolation(smooth) == "cubic"
     assert baselines.better_interpolation(rough) == "linear"
+    assert baselines.better_interpolation(smooth, 0.1 * rough) == "cubic"  # one answer for several phases
+    assert baselines.better_interpolation(0.1 * smooth, rough) == "linear"
 
 
 class TestLaxResidual:

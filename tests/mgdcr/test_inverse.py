@@ -275,9 +275,9 @@ class TestAssembly:
         frame, truth = frame_with(1)
         noise = np.random.default_rng(0).normal(0, 0.3, truth.shape).astype(np.float32)
         base = baselines.interpolate(frame.sax, FACTOR)
-        good, bad = inverse.shares_of_changes(base, [truth - base, noise], frame)
+        good, bad = inverse.shares_of_changes([base], [(truth - base, noise)], [frame])
         assert good > 0.9 and bad < 0.1
-        assert inverse.shares_of_changes(base, [noise], frame)[0] < 0.3
+        assert inverse.shares_of_changes([base], [(noise,)], [frame])[0] < 0.3
         assert inverse.shares(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([-1.0, -1.0])) == pytest.approx(
             [0.0, 0.0], abs=1e-6
         )
@@ -331,6 +331,32 @@ class TestCine:
             np.testing.assert_array_equal(result.volume[::FACTOR], frames[0].sax)
         assert jitter(np.stack([r.volume for r in results])) > 0.05 > jitter(np.stack([r.volume for r in steady]))
         assert inverse.steadied(frames[:4], results[:4]) == results[:4]
+
+    def test_a20_one_mixture_for_all_phases(self):
+        """A20: the shares of a cine are least squares over all its phases, those of a frame alone that frame's."""
+        (frame, truth), settings = frame_with(), replace(QUICK, propagate=False)
+        base = baselines.interpolate(frame.sax, FACTOR)
+        fits = [inverse.Fit([base + times * (truth - base)], base, None, None, np.zeros(2), {}) for times in (1, 2, 4)]
+        alone = [inverse.images_of([frame], [fit], settings)[0] for fit in fits]
+        assert [result.report["shares"][1] for result in alone] == pytest.approx([1, 1 / 2, 1 / 4], abs=0.01)
+        together = inverse.images_of([frame] * 3, fits, settings)
+        shares = {(result.report["base"], *result.report["shares"]) for result in together}
+        assert len(shares) == 1 and shares.pop()[2] == pytest.approx((1 + 2 + 4) / (1 + 4 + 16), abs=0.01)
+        assert inverse.share_of_seeds([np.array([1.0, 1.0]), np.array([2.0, 4.0])]) == pytest.approx(3 / 5)
+        assert inverse.share_of_seeds([np.zeros(2)]) == 0 and inverse.share_of_seeds([np.array([-1.0, 1.0])]) == 0
+
+    @pytest.mark.parametrize("temporal", [0.0, 0.2])
+    def test_a_cine_is_mixed_as_one(self, temporal):
+        frames = []
+        for t in range(3):
+            frame, _ = frame_with(depth=6)
+            noise = torch.randn(len(frame.views[0].values), generator=torch.Generator().manual_seed(t))
+            frame.views[0] = replace(frame.views[0], values=frame.views[0].values + 0.1 * t * noise)
+            frames.append(frame)
+        settings = replace(QUICK, optimise="z", iterations=6, lr=0.02)
+        results = inverse.reconstruct_cine(Analytic(settings), frames, Objective(temporal=temporal), settings)
+        assert len({(r.report["base"], *r.report["shares"], r.report["trust"]) for r in results}) == 1
+        assert 0 < results[0].report["shares"][1] < 1
 
     def test_later_phases_begin_where_the_one_before_ended(self):
         frames, begun = [frame_with()[0] for _ in range(2)], {}
