@@ -225,11 +225,15 @@ def _spread(planes: list[_Plane], k: int, shape, spacing_mm, reach_mm: float) ->
 # ---- the priors alone -----------------------------------------------------------------------------------------------
 
 
-def prior_interpolation(prior, sax: torch.Tensor, factor: int, schedule: str = "even") -> np.ndarray:
-    """Decoded codes between the slices of `sax` (Z, H, W) in [0, 1]: of the DiffAE, or of the unconditional network.
+def prior_interpolation(prior, frame, schedule: str = "even") -> np.ndarray:
+    """Decoded codes between the slices of an inverse.Frame, (N, H, W) in [0, 1], linear outside the prior's window.
 
     `prior` is an inverse.Prior or an inverse.UnconditionalPrior.
     """
+    sax = torch.from_numpy(np.ascontiguousarray(frame.sax, dtype=np.float32)).clamp(0, 1)
     with torch.no_grad():
-        volume = prior.decode(*seeds(*prior.encode(sax), factor, schedule))
-    return volume.clamp(0, 1).cpu().numpy()
+        codes = prior.encode(frame.window.cut(sax) if frame.window else sax)
+        volume = prior.decode(*seeds(*codes, frame.factor, schedule)).clamp(0, 1).cpu()
+    if frame.window:
+        volume = frame.window.paste(volume, torch.from_numpy(interpolate(frame.sax, frame.factor, "linear")))
+    return volume.numpy()

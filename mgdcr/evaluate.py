@@ -5,9 +5,10 @@
     python mgdcr/evaluate.py --leave_out view --subject_id subject_001 --frame 0
 
 Without --leave_out volumes of ex8_multi_optimizer.py are compared with the truth of make_phantom.py, beside every
-interpolation. With it each inner slice (or view) in turn is withheld, the rest is reconstructed, and what was withheld
-is the truth: no dense truth is needed. Writes OUT/scores.csv (one row per subject, frame, method) and OUT/summary.json
-(means, intervals, paired Wilcoxon tests against the best interpolation, indices with Bland-Altman).
+baseline: nearest, linear, cubic, lanczos, lax_residual, with --priors also diffae and unconditional. With it each inner
+slice (or view) in turn is withheld, the rest is reconstructed, and what was withheld is the truth: no dense truth is
+needed. Writes OUT/scores.csv (one row per subject, frame, method) and OUT/summary.json (means, intervals, paired
+Wilcoxon tests against the best interpolation, indices with Bland-Altman).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Options(CommonOptions):
     data: str = option("", "folder of subjects; empty: ROOT/data", group="paths")
     ckpt: str = option("", "prior for --leave_out; empty: ROOT/checkpoints/cardiac_autoenc/best.ckpt", group="paths")
     trust_pickle: bool = option(False, "allow a checkpoint that needs pickle; it can run code", group="paths")
+    ddim_ckpt: str = option("", "unconditional prior for --priors; empty: ROOT/checkpoints/cardiac_ddim/best.ckpt",
+                            group="paths")  # fmt: skip
     out: str = option("", "output folder; empty: RESULTS/evaluation", group="paths")
     overwrite: bool = option(False, "replace scores that exist", group="paths")
     subject_id: tuple[str, ...] = option((), "subjects; none: all of them")
@@ -43,8 +46,10 @@ class Options(CommonOptions):
     leave_out: str = option("none", "what to withhold in turn", choices=("none", "slice", "view"))
     mode: str = option("balanced", "how to reconstruct with --leave_out", choices=("fast", "balanced", "paper"))
     iterations: int = option(0, "most iterations with --leave_out; 0: as --mode has it")
+    priors: bool = option(False, "also both priors alone, decoded codes without optimisation: diffae, unconditional")
+    prior_steps: int = option(20, "their DDIM steps", unit="steps")
     factor: int = option(8, "dense slices per acquired gap")
-    align: bool = option(True, "register before --leave_out")
+    align: bool = option(True, "register views and slices for what uses the views")
     roi_mm: float = option(ROI_MM, "radius around the middle that is scored; 0: the whole slices", unit="mm")
 
     def __post_init__(self):
@@ -52,11 +57,14 @@ class Options(CommonOptions):
         self.results = self.results or str(root / "results" / "balanced")
         self.data = self.data or str(root / "data")
         self.ckpt = self.ckpt or str(root / "checkpoints" / "cardiac_autoenc" / "best.ckpt")
+        self.ddim_ckpt = self.ddim_ckpt or str(root / "checkpoints" / "cardiac_ddim" / "best.ckpt")
         self.out = self.out or str(Path(self.results) / "evaluation")
         if self.factor < 2:
             raise UserError(f"--factor {self.factor}: give at least 2, or there is nothing between the slices")
         if self.iterations < 0:
             raise UserError(f"--iterations {self.iterations}: 0 or more")
+        if not 1 <= self.prior_steps <= 1000:
+            raise UserError(f"--prior_steps {self.prior_steps}: 1 to 1000")
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -132,17 +140,40 @@ def plane_scores(prediction: np.ndarray, target: np.ndarray, weights: np.ndarray
 # ---- withholding ----------------------------------------------------------------------------------------------------
 
 
-def methods(frame, prior, goal, settings) -> dict[str, np.ndarray]:
-    """Volumes (N, H, W) of every baseline and of ours; those that need a network only with a `prior`."""
-    from mgdcr import baselines, inverse
+def without_optimisation(frame, priors: dict) -> dict[str, np.ndarray]:
+    """Volumes (N, H, W) of every baseline; `priors`: of `load_priors`."""
+    from mgdcr import baselines
 
     out = {kind: baselines.interpolate(frame.sax, frame.factor, kind) for kind in baselines.INTERPOLATIONS}
     if frame.views:
         out["lax_residual"] = baselines.lax_residual(out["linear"], frame.views, frame.factor, frame.spacing_mm)
+    return out | {name: baselines.prior_interpolation(alone, frame) for name, alone in priors.items()}
+
+
+def methods(frame, prior, goal, settings, priors: dict) -> dict[str, np.ndarray]:
+    """Volumes (N, H, W) of every baseline and, with a `prior`, of ours and of its start."""
+    from mgdcr import inverse
+
+    out = without_optimisation(frame, priors)
     if prior is not None:
         result = inverse.reconstruct(prior, frame, goal, settings)
-        out |= {"diffae": result.seed, "ours": result.volume}
+        out |= {"start": result.seed, "ours": result.volume}
     return out
+
+
+def load_priors(options: Options, rt) -> tuple[dict, int]:
+    """Both networks as baselines, by name, with noise codes of the acquired slices as published; their image size."""
+    from mgdcr import inverse, trainer
+
+    settings = inverse.Settings(steps=options.prior_steps, chunk=16)
+    autoencoder = trainer.load_network(Path(options.ckpt), rt, trust_pickle=options.trust_pickle)
+    plain = trainer.load_network(Path(options.ddim_ckpt), rt, trainer.DDIM, trust_pickle=options.trust_pickle,
+                                 option="--ddim_ckpt")  # fmt: skip
+    if plain.image_size != autoencoder.image_size:
+        raise UserError(f"{options.ddim_ckpt} is for {plain.image_size} pixels, {options.ckpt} for "
+                        f"{autoencoder.image_size}: give two of one size")  # fmt: skip
+    return {"diffae": inverse.Prior(autoencoder.model, settings, rt),
+            "unconditional": inverse.UnconditionalPrior(plain.model, settings, rt)}, autoencoder.image_size  # fmt: skip
 
 
 def without_slice(study, number: int):
@@ -169,7 +200,9 @@ def without_slice(study, number: int):
     return sparse, (number - first) * study.factor
 
 
-def leave_slices_out(study, frame: int, prior, goal, settings, roi_mm: float, image_size=None) -> list[dict]:
+def leave_slices_out(
+    study, frame: int, prior, goal, settings, roi_mm: float, image_size=None, priors=None
+) -> list[dict]:
     """Scores of every inner acquired slice, predicted from every second one without it; UserError below 3 slices."""
     from mgdcr.study import frame_of
 
@@ -185,7 +218,7 @@ def leave_slices_out(study, frame: int, prior, goal, settings, roi_mm: float, im
         part = frame_of(sparse, frame, image_size)
         truth = frame_of(study, frame).sax
         mask = region(truth.shape, part.spacing_mm, roi_mm)
-        for method, volume in methods(part, prior, goal, settings).items():
+        for method, volume in methods(part, prior, goal, settings, priors or {}).items():
             for number in inner:
                 place = without_slice(study, number)[1]
                 if place >= len(volume):
@@ -196,7 +229,7 @@ def leave_slices_out(study, frame: int, prior, goal, settings, roi_mm: float, im
     return rows
 
 
-def leave_views_out(study, frame: int, prior, goal, settings, image_size=None) -> list[dict]:
+def leave_views_out(study, frame: int, prior, goal, settings, image_size=None, priors=None) -> list[dict]:
     """Scores on the pixels of every view, reconstructed with the others; UserError where there is no view."""
     from dataclasses import replace
 
@@ -212,7 +245,7 @@ def leave_views_out(study, frame: int, prior, goal, settings, image_size=None) -
         part = replace(whole, views=[other for other in whole.views if other is not view])
         between = (view.sampler.coordinates[:, 0] % study.factor).numpy()
         weights = view.weights.numpy() * (np.minimum(between, study.factor - between) >= 1)
-        for method, volume in methods(part, prior, goal, settings).items():
+        for method, volume in methods(part, prior, goal, settings, priors or {}).items():
             seen = view.sampler.sample(torch.from_numpy(np.ascontiguousarray(volume))).numpy()
             rows.append({"subject": study.name, "frame": frame, "left_out": view.name, "method": method}
                         | plane_scores(seen, view.values.numpy(), weights))  # fmt: skip
@@ -222,17 +255,17 @@ def leave_views_out(study, frame: int, prior, goal, settings, image_size=None) -
 # ---- against a dense truth ------------------------------------------------------------------------------------------
 
 
-def against_truth(source, results: Path, options: Options) -> tuple[list[dict], dict]:
-    """Scores of every frame that was reconstructed and has a truth, and of the interpolations; indices by method."""
+def against_truth(source, results: Path, options: Options, priors: dict, image_size=None) -> tuple[list[dict], dict]:
+    """Scores of every frame that was reconstructed and has a truth, and of the baselines; indices by method."""
     import json
 
-    from mgdcr import baselines, geometry, indices
+    from mgdcr import geometry, indices, study
 
     folder = Path(options.data) / source.name
     truth = geometry.load_cine(folder / "dense.nii.gz")
     labels = folder / "labels.nii.gz"
     maps = geometry.load_cine(labels).data.round().astype(np.uint8) if labels.is_file() else None
-    sax = geometry.load_sax(source.sax)
+    loaded = study.load(source, factor=options.factor, align=options.align)
     places = sorted((results / source.name).glob("frame_*/volume.nii.gz"))
     if not places:
         raise UserError(f"no frame_*/volume.nii.gz in {results / source.name}: run ex8_multi_optimizer.py first")
@@ -250,10 +283,11 @@ def against_truth(source, results: Path, options: Options) -> tuple[list[dict], 
         def scaled(stack, low=low, high=high):
             return (stack - low) / (high - low)
 
-        stack = scaled(sax.data[number])
-        candidates = {kind: baselines.interpolate(stack, options.factor, kind) for kind in baselines.INTERPOLATIONS}
+        frame = study.frame_of(loaded, number, image_size)
+        candidates = {name: scaled(study.restore(loaded, volume))
+                      for name, volume in without_optimisation(frame, priors).items()}  # fmt: skip
         candidates["ours"] = scaled(ours.data[0])
-        mask = region(stack.shape, spacing[1:], options.roi_mm)
+        mask = region(frame.sax.shape, spacing[1:], options.roi_mm)
         chosen = unobserved(len(ours.data[0]), options.factor)
         for method, volume in candidates.items():
             row = {"subject": source.name, "frame": number, "left_out": "between", "method": method}
@@ -349,7 +383,8 @@ def evaluate(options: Options, rt) -> None:
     where = SimpleNamespace(sax="", data=options.data, subject_id=options.subject_id, lax_names=(), no_lax=False)
     sources = study.find(where)
     changed = {"iterations": options.iterations} if options.iterations else {}
-    prior, goal, size = None, objective.Objective(), None
+    prior, goal = None, objective.Objective()
+    priors, size = load_priors(options, rt) if options.priors else ({}, None)
     settings = inverse.Settings(**inverse.MODES[options.mode] | changed)
     if options.leave_out == "none":
         sources = [s for s in sources if options.subject_id or (Path(options.results) / s.name).is_dir()]
@@ -363,15 +398,15 @@ def evaluate(options: Options, rt) -> None:
     rows, by_subject = [], {}
     for source in rt.shard(sources):
         if options.leave_out == "none":
-            new, by_subject[source.name] = against_truth(source, Path(options.results), options)
+            new, by_subject[source.name] = against_truth(source, Path(options.results), options, priors, size)
             rows += new
             continue
         loaded = study.load(source, factor=options.factor, align=options.align)
         for frame in range(loaded.sax.frames) if options.frame < 0 else [options.frame]:
             if options.leave_out == "slice":
-                rows += leave_slices_out(loaded, frame, prior, goal, settings, options.roi_mm, size)
+                rows += leave_slices_out(loaded, frame, prior, goal, settings, options.roi_mm, size, priors)
             else:
-                rows += leave_views_out(loaded, frame, prior, goal, settings, size)
+                rows += leave_views_out(loaded, frame, prior, goal, settings, size, priors)
     parts = rt.gather((rows, by_subject))
     rows, by_subject = [row for part, _ in parts for row in part], {k: v for _, part in parts for k, v in part.items()}
     if rt.is_main:

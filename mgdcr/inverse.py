@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage
 from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ OPTIMISED = ("both", "z")
 SOLVERS = ("gradient", "alternating")
 NOISES = ("inverted", "shared")
 BASES = ("auto", "nearest", "linear", "cubic", "lanczos")
+STEADY = 0.05  # SD, in heart beats, of the average over time of what the optimisation changes
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Settings:
     lr_z: float = 0.0  # 0: lr
     step_size: int = 50  # iterations between halvings of the learning rate
     gamma: float = 0.5
+    warm_lr: float = 0.25  # of the learning rate, where a phase begins where the one before ended
     projection: float = 1e-3  # pull towards the start codes after every update
     patience: int = 5  # iterations without improvement before the end; 0: never
     min_delta: float = 1e-5  # of total / N
@@ -82,6 +85,8 @@ class Settings:
                 raise UserError(f"{name} {getattr(self, name)}: must be 0 or more")
         if self.steps > diffusion.T or self.lr <= 0 or not 0 <= self.projection < 1:
             raise UserError(f"steps must be at most {diffusion.T}, lr positive, projection 0 or more and below 1")
+        if not 0 < self.warm_lr <= 1:
+            raise UserError(f"warm_lr {self.warm_lr}: choose more than 0 and at most 1")
         if self.grad_steps and self.optimise != "z":
             raise UserError("grad_steps cuts the gradient off from the noise codes: use it with optimise z")
 
@@ -635,7 +640,13 @@ def perturbed(codes: Codes, factor: int, strength: float, generator: torch.Gener
 def fit(prior: Prior, frame: Frame, goal: Objective, settings: Settings, *, files: Files | None = None,
         warm: Codes | None = None, neighbours: tuple[np.ndarray, ...] = (), starts: int = 1, strength: float = 0.2,
         seed: int = 0, log=None, stop=None, on_iteration=None) -> Fit:  # fmt: skip
-    """Optimise the codes of one frame; the options are those of `reconstruct`."""
+    """Optimise the codes of one frame; the options are those of `reconstruct`.
+
+    From a warm start the learning rate is `warm_lr` of what it is otherwise: Adam's first steps are as long as the
+    rate, however small the gradient, and would throw the codes off what they begin with, in every phase another way.
+    """
+    if warm is not None:
+        settings = replace(settings, lr=settings.warm_lr * settings.lr, lr_z=settings.warm_lr * settings.lr_z)
     saved = files.load(prior.rt.device) if files else None
     known = Codes(saved["seed_x"].to(prior.rt.device), saved["seed_z"].to(prior.rt.device)) if saved else None
     problem = Problem(prior, frame, goal, settings, known)
@@ -661,15 +672,20 @@ def fit(prior: Prior, frame: Frame, goal: Objective, settings: Settings, *, file
     return Fit([decoded, *others], seed_images, codes, problem.seeds, evidence, report)
 
 
-def images_of(frames: list[Frame], fits: list[Fit], settings: Settings) -> list[Result]:
-    """The images of one frame, or of all frames of a cine, which share one mixture (one for every start)."""
+def images_of(frames: list[Frame], fits: list[Fit], settings: Settings, steady: bool = False) -> list[Result]:
+    """The images of one frame, or of all frames of a cine, which share one mixture (one for every start).
+
+    steady: what the optimisation changed is averaged over time first, `steadied`.
+    """
     seeds, seed_share = [fit.seed for fit in fits], share_of_seeds([fit.evidence for fit in fits])
-    mixtures = [mixture(frames, list(decoded), seeds, settings, seed_share)
-                for decoded in zip(*(fit.decoded for fit in fits), strict=True)]  # fmt: skip
+    starts = [list(decoded) for decoded in zip(*(fit.decoded for fit in fits), strict=True)]  # (start, frame)
+    if steady:
+        starts = [steadied(decoded, seeds) for decoded in starts]
+    mixtures = [mixture(frames, decoded, seeds, settings, seed_share) for decoded in starts]
     results = []
-    for frame, fit in zip(frames, fits, strict=True):
-        made = [assemble(frame, decoded, fit.seed, settings, mix)
-                for decoded, mix in zip(fit.decoded, mixtures, strict=True)]  # fmt: skip
+    for i, (frame, fit) in enumerate(zip(frames, fits, strict=True)):
+        made = [assemble(frame, decoded[i], fit.seed, settings, mix)
+                for decoded, mix in zip(starts, mixtures, strict=True)]  # fmt: skip
         (volume, report), spread = made[0], None
         if len(made) > 1:
             volumes = [volume for volume, _ in made]
@@ -706,8 +722,8 @@ def reconstruct_cine(prior: Prior, frames: list[Frame], goal: Objective, setting
     """All phases of a cycle: in a first sweep each begins where the one before ended; later ones see both neighbours.
 
     With the temporal term at 0 one sweep is all. A sweep moves one phase at a time and holds the others; first and last
-    phase are neighbours. Images are made of all phases together at the end (`images_of`), and `steadied` where the
-    temporal term ties them. files(sweep, frame) -> Files, log(sweep, frame) -> what `optimise` wants,
+    phase are neighbours. The images are made of all phases together at the end, steadied where the temporal term ties
+    them. files(sweep, frame) -> Files, log(sweep, frame) -> what `optimise` wants,
     on_frame(sweep, frame, fit) before that. An empty list if stop() ended it: its state is in the files.
     """
     settings = replace(settings, base=base_of(frames, settings.base))
@@ -728,22 +744,19 @@ def reconstruct_cine(prior: Prior, frames: list[Frame], goal: Objective, setting
                 on_frame(sweep, i, fits[i])
             if stop is not None and stop():
                 return []
-    results = images_of(frames, fits, settings)
-    return steadied(frames, results) if goal.temporal and settings.output == "residual" else results
+    return images_of(frames, fits, settings, steady=bool(goal.temporal) and settings.output == "residual")
 
 
-def steadied(frames: list[Frame], results: list[Result]) -> list[Result]:
-    """The results with what they add to linear interpolation averaged over neighbouring phases, 1/4 1/2 1/4, cyclic.
+def steadied(decoded: list[np.ndarray], seeds: list[np.ndarray]) -> list[np.ndarray]:
+    """Decoded images of all phases with what the optimisation changed of the start images averaged over time, cyclic.
 
     Phases are optimised one after the other, and what each leaves undone differs from the next; the heart moves
-    smoothly. The interpolation follows its motion and stays as it is, the acquired slices too. Fewer than 5: unchanged.
+    smoothly. The start images follow its motion and stay as they are, and what the views miss of an averaged change is
+    spread afterwards, so that sharpness is not lost. Gaussian of SD `STEADY`, in heart beats.
     """
-    if len(results) < 5:
-        return results
-    bases = [baselines.interpolate(frame.sax, frame.factor, "linear") for frame in frames]
-    added = np.stack([result.volume - base for result, base in zip(results, bases, strict=True)])
-    added = (np.roll(added, 1, 0) + 2 * added + np.roll(added, -1, 0)) / 4
-    return [replace(result, volume=base + more) for result, base, more in zip(results, bases, added, strict=True)]
+    seed = np.stack(seeds)
+    change = ndimage.gaussian_filter1d(np.stack(decoded) - seed, STEADY * len(seed), axis=0, mode="wrap")
+    return list(seed + change)
 
 
 def identity_of(goal: Objective, settings: Settings, **more) -> dict:

@@ -79,17 +79,26 @@ class Options(CommonOptions):
     chunk: int | None = option(None, "slices at a time: memory, not results" + OURS, group="optimisation")
     patience: int | None = option(None, "iterations without improvement, 0: no end" + OURS, group="optimisation")
     schedule: str | None = option(None, "start codes" + OURS, choices=("even", "legacy"), group="optimisation")
+    noise: str | None = option(None, "noise codes: of the acquired slices, or one draw for all" + OURS,
+                               choices=("inverted", "shared"), group="optimisation")  # fmt: skip
+    warm_lr: float | None = option(
+        None, "share of the learning rate where a frame begins where the one before ended" + OURS, group="optimisation"
+    )
     stride: int | None = option(None, "decode every so many dense slices, interpolate the others" + OURS,
                                 group="optimisation")  # fmt: skip
-    hold: bool | None = option(None, "leave the codes of acquired slices as encoded" + OURS, group="optimisation")
+    hold: bool | None = option(
+        None, "leave the codes of acquired slices as encoded; --no_hold: change them too" + OURS, group="optimisation"
+    )
     solver: str | None = option(None, "solver" + OURS, choices=("gradient", "alternating"), group="optimisation")
     save_every: int | None = option(None, "iterations between savings" + OURS, group="optimisation")
 
     output: str | None = option(None, "images" + OURS, choices=("residual", "decoded"), group="result")
     base: str | None = option(None, "interpolation under the residual" + OURS, group="result",
                               choices=("auto", "nearest", "linear", "cubic", "lanczos"))  # fmt: skip
-    propagate: bool | None = option(None, "spread what the views still miss" + OURS, group="result")
-    hard: bool | None = option(None, "put the acquired slices back" + OURS, group="result")
+    propagate: bool | None = option(
+        None, "spread what the views still miss; --no_propagate: not" + OURS, group="result"
+    )
+    hard: bool | None = option(None, "put the acquired slices back; --no_hard: not" + OURS, group="result")
 
     def __post_init__(self):
         root = Path(self.root)

@@ -197,8 +197,8 @@ def test_A31_what_cannot_be_scored(tmp_path, capsys, words, message):
 
 
 @pytest.mark.slow
-def test_script_against_the_truth(tmp_path):
-    """Volumes that are the truth itself score so; CSV, JSON, no silent overwriting."""
+def test_script_against_the_truth(runs, tmp_path):
+    """Volumes that are the truth itself score so, beside every baseline; CSV, JSON, no silent overwriting."""
     run_main(make_phantom, "--out", tmp_path / "data", "--n_subjects", 1, "--frames", 2)
     folder = tmp_path / "data" / "subject_001"
     truth = geometry.load_cine(folder / "dense.nii.gz")
@@ -207,12 +207,14 @@ def test_script_against_the_truth(tmp_path):
         place = tmp_path / "results" / "subject_001" / f"frame_{frame:03d}"
         geometry.save(place / "volume.nii.gz", truth.data[frame], replace(truth.grid))
         (place / "report.json").write_text(json.dumps({"scale": {"low": low, "high": high}}))
-    args = [SCRIPT, "--data", tmp_path / "data", "--results", tmp_path / "results", "--device", "cpu"]
+    args = [SCRIPT, "--root", runs, "--data", tmp_path / "data", "--results", tmp_path / "results", "--priors",
+            "--prior_steps", 2, "--device", "cpu"]  # fmt: skip
     done = run_script(args)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "results" / "evaluation"
     rows = list(csv.DictReader((out / "scores.csv").open()))
-    assert {row["method"] for row in rows} == {"nearest", "linear", "cubic", "lanczos", "ours", "outlines"}
+    baselines = {"nearest", "linear", "cubic", "lanczos", "lax_residual", "diffae", "unconditional"}
+    assert {row["method"] for row in rows} == baselines | {"ours", "outlines"}
     assert all(float(row["psnr_db"]) > 90 for row in rows if row["method"] == "ours")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["agreement"]["ef"]["n"] == 1 and abs(summary["agreement"]["ef"]["bias"]) < 0.05

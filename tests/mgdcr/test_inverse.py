@@ -167,8 +167,14 @@ class TestPrior:
         model = UncondUNet(image_size=16, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_heads=1,
                            attention_resolutions=(), embed_channels=16, resblock_updown=True, dropout=0.0)  # fmt: skip
         prior = inverse.UnconditionalPrior(model.eval(), Settings(steps=2))
-        volume = baselines.prior_interpolation(prior, torch.rand(2, 16, 16), 4)
+        frame = Frame(torch.rand(2, 16, 16).numpy(), 4, (1.0, 1.0))
+        volume = baselines.prior_interpolation(prior, frame)
         assert volume.shape == (5, 16, 16) and np.isfinite(volume).all()
+        larger = Frame(np.random.default_rng(0).random((2, 20, 18)), 4, (1.0, 1.0),
+                       window=inverse.Window.middle((20, 18), 16))  # fmt: skip
+        around, linear = baselines.prior_interpolation(prior, larger), baselines.interpolate(larger.sax, 4, "linear")
+        np.testing.assert_allclose(around[:, :2], linear[:, :2], atol=1e-6)
+        assert np.abs(around[2, 2:18, 1:17] - linear[2, 2:18, 1:17]).mean() > 0.01
 
 
 class TestOptimisation:
@@ -316,21 +322,31 @@ class TestCine:
 
         assert cine(20.0) < 0.8 * cine(0.0)
 
-    def test_a20_what_is_added_is_averaged_over_phases(self):
-        """A20: a constant addition stays, one that alternates goes; acquired slices and the interpolation stay."""
+    def test_a20_changes_are_averaged_over_time(self):
+        """A20: a change that stays is kept, one that alternates goes, one that moves with the beat stays nearly."""
         from mgdcr.evaluate import jitter
 
-        frames = [frame_with()[0] for _ in range(6)]
-        base = baselines.interpolate(frames[0].sax, FACTOR, "linear")
-        between = (np.arange(len(base)) % FACTOR != 0).astype(np.float32)[:, None, None]
-        added = [(0.1 + 0.05 * (-1) ** t) * between for t in range(6)]
-        results = [inverse.Result(base + more, base, base, None, None, {}) for more in added]
-        steady = inverse.steadied(frames, results)
-        for result in steady:
-            np.testing.assert_allclose(result.volume, base + 0.1 * between, atol=1e-6)
-            np.testing.assert_array_equal(result.volume[::FACTOR], frames[0].sax)
-        assert jitter(np.stack([r.volume for r in results])) > 0.05 > jitter(np.stack([r.volume for r in steady]))
-        assert inverse.steadied(frames[:4], results[:4]) == results[:4]
+        n, time = 20, np.arange(20)[:, None, None, None] / 20
+        seeds = 0.5 + 0.2 * np.cos(2 * np.pi * time) * np.ones((n, 3, 4, 4))
+        moving, noise = 0.1 + 0.05 * np.sin(2 * np.pi * time), 0.05 * (-1.0) ** np.arange(n)[:, None, None, None]
+        steady = np.stack(inverse.steadied(list(seeds + moving + noise), list(seeds)))
+        np.testing.assert_allclose(steady, seeds + moving, atol=0.004)
+        assert jitter(steady) < 1.2 * jitter(seeds + moving) < 0.2 * jitter(seeds + moving + noise)
+        few = [seeds[0], seeds[1] + 0.1]  # two phases are half a beat apart
+        np.testing.assert_allclose(inverse.steadied(few, [seeds[0], seeds[1]]), few, atol=1e-6)
+
+    def test_a_warm_start_is_not_thrown_off(self):
+        """Adam's first step is as long as its rate: that of a phase that begins where another ended is smaller."""
+        settings, goal = replace(QUICK, optimise="z", iterations=1, projection=0.0), Objective(temporal=0)
+        (frame, _), rates, fits = frame_with(), {}, {}
+        inverse.reconstruct_cine(
+            Analytic(settings), [frame, frame], goal, settings, on_frame=lambda sweep, i, fit: fits.update({i: fit}),
+            log=lambda sweep, i: lambda iteration, values: rates.update({i: values["lr"]}),
+        )  # fmt: skip
+        assert rates == {0: settings.lr, 1: settings.warm_lr * settings.lr} and settings.warm_lr < 1
+        begun = [fits[0].seeds.z, fits[0].codes.z]
+        steps = [float((fits[i].codes.z - begun[i]).abs().max()) for i in (0, 1)]
+        assert steps == pytest.approx([settings.lr, settings.warm_lr * settings.lr], rel=1e-3)
 
     def test_a20_one_mixture_for_all_phases(self):
         """A20: the shares of a cine are least squares over all its phases, those of a frame alone that frame's."""
@@ -403,6 +419,24 @@ class TestScript:
         argv = ex8_multi_optimizer.yaml_options(["--config", str(tmp_path / "a.yaml"), "--lr", "0.25"])
         options = cli.parse(ex8_multi_optimizer.Options, argv, description="", presets=ex8_multi_optimizer.PRESETS)
         assert (options.lr, options.steps) == (0.25, 7)
+
+    def test_every_setting_has_a_flag(self):
+        """What a mode turns on can be turned off again by a flag, and only the solvers' inner constants have none."""
+        from dataclasses import fields
+
+        from common import cli
+
+        known = {f.name for f in fields(ex8_multi_optimizer.Options)}
+        inner = {"step_size", "gamma", "projection", "min_delta", "inner", "image_iterations", "image_lr", "split"}
+        assert {f.name for f in fields(Settings)} - known == inner
+        words = (
+            "--preset fast --noise inverted --warm_lr 0.5 --no_hold --no_hard --no_propagate --output decoded".split()
+        )
+        options = cli.parse(ex8_multi_optimizer.Options, words, description="", presets=ex8_multi_optimizer.PRESETS)
+        changed = dict(noise="inverted", warm_lr=0.5, hold=False, hard=False, propagate=False, output="decoded")
+        assert ex8_multi_optimizer.resolve(options)[1] == Settings(**inverse.MODES["fast"] | changed)
+        with pytest.raises(UserError, match="warm_lr"):
+            Settings(warm_lr=0.0)
 
     def test_a28_end_to_end(self, small, tmp_path):
         """A28, A27: NIfTI with valid forms in acquired intensities, a log of every term, a report; a rerun keeps it."""

@@ -14,8 +14,8 @@ CLAIMS = ["A5", "A12", "A12", "A13", "A13", "A13", "A14", "A15", "A15", "A16", "
 
 @pytest.mark.slow
 def test_reproduce_writes_every_claim(tmp_path):
-    sizes = "--n_train 4 --total_samples 16 --n_slices 2 --phases 4 --iterations 1 --cine_iterations 1 --device cpu"
-    command = ["mgdcr/reproduce.py", "--preset", "smoke", *sizes.split(), "--out", tmp_path / "out"]
+    sizes = "--n_train 4 --total_samples 16 --ddim_samples 8 --n_slices 2 --phases 4 --iterations 1 --cine_iterations 1"
+    command = ["mgdcr/reproduce.py", "--preset", "smoke", *sizes.split(), "--device", "cpu", "--out", tmp_path / "out"]
     done = run_script(command, cwd=tmp_path, timeout=1500)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -25,7 +25,14 @@ def test_reproduce_writes_every_claim(tmp_path):
         assert name in done.stdout
     with open(tmp_path / "out" / "scores.csv") as file:
         methods = {row["method"] for row in csv.DictReader(file)}
-    assert {"nearest", "linear", "cubic", "lanczos", "lax_residual", "diffae", *reproduce.CONDITIONS} <= methods
+    assert {*reproduce.METHODS, *reproduce.CONDITIONS} <= methods
+    compared = {(row["phase"], row["method"]): row for row in results["methods"]}
+    wanted = {"nearest", "linear", "cubic", "lanczos", "lax_residual", "diffae", "unconditional", "ours"}  # issue
+    assert compared.keys() == {(phase, name) for phase in ("ED", "ES") for name in wanted | {"outlines", "truth"}}
+    for (_, name), row in compared.items():
+        images = {"psnr_db", "ssim", "nrmse"} if name in wanted else set()
+        assert images | {"dice_lv", "dice_myo", "dice_rv"} | {"phase", "method", "n"} == row.keys()
+        assert f"{row['phase']} {name} " in done.stdout
     for picture in ("round_trip", "volumes_ed", "volumes_es", "gains", "volume_curve"):
         assert (tmp_path / "out" / "figures" / f"{picture}.png").stat().st_size > 1000
     # The views alone pass A12, whatever the prior; a prior of two steps must not take that away.
