@@ -62,6 +62,7 @@ PRESETS = {
     "smoke": dict(
         n_train=40,
         n_test=1,
+        n_other=1,
         both_phases=False,
         total_samples=4_000,
         ddim_samples=1_000,
