@@ -88,11 +88,32 @@ def load(path, *, trust_pickle=False):
     return state
 
 
+def renamed_keys(model, children):
+    """Our state-dict key -> theirs, for every entry of `model` that they have.
+
+    children(module): {our name of a submodule or entry: their name}, "" for a level that they lack; {} keeps all names.
+    """
+    keys = {}
+
+    def walk(module, ours, theirs):
+        state, names = module.state_dict(), children(module)
+        for name, their_name in names.items():
+            if name in state:
+                keys[ours + name] = theirs + their_name
+            elif any(key.startswith(f"{name}.") for key in state):
+                walk(module.get_submodule(name), f"{ours}{name}.", theirs + (f"{their_name}." if their_name else ""))
+        if not names:
+            keys.update({ours + key: theirs + key for key in state})
+
+    walk(model, "", "")
+    return keys
+
+
 def load_renamed(model, state, names, known, assign=False):
     """Load `state` under foreign names: names {our key: theirs}, `known`: all of their keys that may be there.
 
-    Strict: UserError names missing, unexpected and differently shaped entries. assign: take over the tensors instead of
-    copying them.
+    Entries of ours that have no name there stay as they are. Otherwise strict: UserError names missing, unexpected and
+    differently shaped entries. assign: take over the tensors instead of copying them.
     """
     own = model.state_dict()
     problems = [f"no {key}" for key in names.values() if key not in state]
@@ -106,7 +127,7 @@ def load_renamed(model, state, names, known, assign=False):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         listed = ", ".join(problems[:3]) + more
         raise UserError(f"weights do not fit {type(model).__name__}: {listed}; check the model options")
-    model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()}, assign=assign)
+    model.load_state_dict(own | {ours: state[theirs] for ours, theirs in names.items()}, assign=assign)
 
 
 def load_weights(module, state_dict, path):

@@ -6,10 +6,12 @@ Written out: neither torchvision nor lpips is needed and nothing is downloaded; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import common.checkpoint
 from common.cli import UserError
@@ -151,3 +153,60 @@ def _lpips_key(key: str) -> str:
     if parts[0] == "net" and len(parts) >= 4:
         return ".".join(["features", *parts[2:]])
     return f"heads.{parts[0][3:]}" if key.endswith(".model.1.weight") and parts[0][3:].isdigit() else key
+
+
+class SliceDistances(nn.Module):
+    """What the LPIPS terms over the slices of a volume share: the network, the range of values, slices in batches.
+
+    net: a backbone of LPIPS, read from the files `weights_path` (one or two, see LPIPS.load), or a module that compares
+    images. slice_fraction in (0, 1]. value_range (low, high) is mapped to the [-1, 1] that LPIPS was made for; None
+    compares the values as they are. checkpointing recomputes `slice_batch` slices at a time in the backward pass.
+    `option` is the one that weights the term, for error messages.
+    """
+
+    option = "--perceptual_weight"
+
+    def __init__(
+        self,
+        net: str | nn.Module,
+        weights_path: str | Path | Sequence = (),
+        *,
+        slice_fraction: float = 1.0,
+        value_range: tuple[float, float] | None = None,
+        slice_batch: int = 64,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        if isinstance(net, str):
+            paths = [weights_path] if isinstance(weights_path, str | Path) else list(weights_path)
+            paths = [path for path in paths if str(path)]
+            if not paths:
+                raise UserError(f"the perceptual loss needs pretrained {net} and LPIPS weights: name the files with "
+                                f"--lpips_weights, or switch the term off with {self.option} 0")  # fmt: skip
+            net = LPIPS(net).load(paths)
+        if not 0 < slice_fraction <= 1:
+            raise UserError(f"slice fraction {slice_fraction}: choose more than 0 and at most 1")
+        self.distance, self.slice_fraction, self.value_range = net, slice_fraction, value_range
+        self.slice_batch, self.checkpointing = slice_batch, checkpointing
+
+    def prepare(self, x_hat: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both volumes (B, 1, D, H, W) in the network's range; UserError where a slice is too small for it."""
+        smallest = getattr(self.distance, "smallest", 1)
+        if min(x.shape[2:]) < smallest:
+            size = "x".join(map(str, x.shape[2:]))
+            raise UserError(f"volume {size} is too small for LPIPS: {smallest} voxels along each axis; switch it off "
+                            f"with {self.option} 0")  # fmt: skip
+        if self.value_range is None:
+            return x_hat, x
+        low, high = self.value_range
+        return 2 * (x_hat - low) / (high - low) - 1, 2 * (x - low) / (high - low) - 1
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distances of slices (N, 1, rows, columns) -> (N,), `slice_batch` of them at a time."""
+        parts = []
+        for part_a, part_b in zip(a.split(self.slice_batch), b.split(self.slice_batch), strict=True):
+            if self.checkpointing and torch.is_grad_enabled():
+                parts.append(checkpoint(self.distance, part_a, part_b, use_reentrant=False))
+            else:
+                parts.append(self.distance(part_a, part_b))
+        return torch.cat(parts)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
 import numpy as np
 
-from common import figures, metrics, nifti, runtime
+from common import figures, metrics, nifti, runtime, tables
 from common.cli import UserError
 from common.runlog import progress, write_json
 from il_cldm import aae, amyloid, dataset
@@ -72,7 +71,7 @@ def evaluate(config: Config, rt: runtime.Runtime) -> dict:
     # ---- report
     rows.sort(key=lambda r: (r["subject"], METHODS.index(r["method"])))
     suvrs.sort(key=lambda r: r["subject"])
-    write_csv(folder / "evaluation.csv", rows)
+    tables.write_csv(folder / "evaluation.csv", rows)
     summaries = {m: {c: summary([r[c] for r in rows if r["method"] == m], config) for c in COLUMNS} for m in METHODS}
     report = {
         "n": len(names),
@@ -87,7 +86,7 @@ def evaluate(config: Config, rt: runtime.Runtime) -> dict:
         "synthetic_minus_mean_image": {c: summary(paired(rows, c, "synthetic", "mean_image"), config) for c in COLUMNS},
     }
     if regions:
-        write_csv(folder / "suvr.csv", suvrs)
+        tables.write_csv(folder / "suvr.csv", suvrs)
         report["amyloid"] = detection(config, rt, regions, record, train, names, mri, pet, folder, suvrs)
     else:
         options = "--target_labels, --reference_labels, --suvr_threshold"
@@ -182,14 +181,6 @@ def detection(config: Config, rt, regions, record, train, names, mri, pet, folde
         scores = {k: v for k, v in scores.items() if "synthetic" not in k}
     result["detection"] = amyloid.detection_report(status, scores, cutoffs, config)
     return result
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def draw(folder: Path, name: str, pet: dataset.Volumes, volumes: dict[str, np.ndarray], suvrs: list[dict]) -> None:

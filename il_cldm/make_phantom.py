@@ -10,7 +10,6 @@ Subjects are seeded one by one and numbered per split: another --n_train leaves 
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -164,7 +163,7 @@ def simulate_on_labels(options: Options) -> None:
     Only the anatomy is real. Subjects are ranked by the ventricles' share of the brain; a made-up label and amyloid
     load follow that rank with noise, as if large ventricles meant disease.
     """
-    from common import nifti, phantom
+    from common import nifti, phantom, tables
     from common.runlog import progress
     from il_cldm.prepare import scan
 
@@ -198,8 +197,8 @@ def simulate_on_labels(options: Options) -> None:
               "target_labels": regions[0], "reference_labels": regions[1],
               "suvr_threshold": float(np.mean(borderline)), "label_id": dict(enumerate(DIAGNOSES))}  # fmt: skip
     (out / "data_info").mkdir(parents=True, exist_ok=True)
-    write_table(out / "truth.csv", rows)
-    write_table(out / "data_info" / "data_info.csv", [{k: row[k] for k in ("filename", "label_id")} for row in rows])
+    tables.write_csv(out / "truth.csv", rows, digits=6)
+    tables.write_csv(out / "data_info" / "data_info.csv", rows, ("filename", "label_id"))
     (out / "data_info" / "prepare.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"PET and made-up labels on {len(rows)} real label maps in {out}; next: main.py --prepare --root {out} "
           f"--raw_pet {out / 'raw' / 'pet'} --raw_mask {options.from_labels} --raw_mri FOLDER_OF_T1")  # fmt: skip
@@ -226,7 +225,7 @@ def main() -> None:
     check(options)
     if options.from_labels:
         return simulate_on_labels(options)
-    from common import phantom
+    from common import phantom, tables
     from common.runlog import progress
 
     phantom.template()  # once, before the threads ask for it
@@ -270,21 +269,14 @@ def main() -> None:
         "label_id": dict(enumerate(DIAGNOSES)),
         "subjects": entries,
     }
-    write_table(out / "truth.csv", rows)
-    write_table(out / "data_info" / "data_info.csv", [{k: row[k] for k in ("filename", "label_id")} for row in rows])
+    tables.write_csv(out / "truth.csv", rows, digits=6)
+    tables.write_csv(out / "data_info" / "data_info.csv", rows, ("filename", "label_id"))
     (out / "data_info" / "prepare.json").write_text(json.dumps(record, indent=1) + "\n")
     for split in names:
         (out / "data_info" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names[split]))
     positive = sum(row["amyloid_positive"] for row in rows)
     print(f"{len(rows)} subjects in {out}, {positive} amyloid-positive (SUVR {record['suvr_threshold']:.3f} or more)")
     print(f"{' x '.join(map(str, options.shape))} voxels of {spacing:g} mm")
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
 if __name__ == "__main__":

@@ -101,16 +101,7 @@ def _children(module: nn.Module) -> dict[str, str]:
 
 def key_map(model: nn.Module) -> dict[str, str]:
     """Our state-dict key -> the original's key, for every entry of `model`."""
-    keys = {}
-
-    def walk(module, ours, theirs):
-        children = _children(module)
-        for name, their_name in children.items():
-            walk(module.get_submodule(name), f"{ours}{name}.", f"{theirs}{their_name}.")
-        if not children:
-            keys.update({ours + key: theirs + key for key in module.state_dict()})
-
-    walk(model, "", "")
+    keys = checkpoint.renamed_keys(model, _children)
     if isinstance(model, DenoiserBlock):  # alone the original's ResnetBlock, inside the U-Net a wrapper around that
         keys = {ours: theirs.removeprefix("res_block.") for ours, theirs in keys.items()}
     return keys

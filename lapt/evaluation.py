@@ -6,8 +6,6 @@ segmentation also measures "real" images, which is what the segmenter can reach.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from functools import partial
@@ -16,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import figures, metrics, nifti, runtime, training
-from common.checkpoint import replacing
+from common import figures, metrics, nifti, runtime, tables, training
 from common.cli import UserError
 from common.runlog import git_revision, progress, write_json
 from lapt import dataset, inference, lesions, quality
@@ -391,23 +388,11 @@ def plain(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows of one kind; no file without rows."""
-    if not rows:
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
-
-
 def write_tables(out: Path, images: list[dict], segments: list[dict], found: list[dict]) -> None:
-    write_csv(out / "evaluation.csv", images)
-    write_csv(out / "segmentation.csv", segments)
-    (out / "lesions.csv").unlink(missing_ok=True)  # of an earlier evaluation: a split without lesions writes none
-    write_csv(out / "lesions.csv", found)
+    for name, rows in {"evaluation": images, "segmentation": segments, "lesions": found}.items():
+        (out / f"{name}.csv").unlink(missing_ok=True)  # of an earlier evaluation: a split without lesions writes none
+        if rows:
+            tables.write_csv(out / f"{name}.csv", rows)
 
 
 def draw(out: Path, cases: list[Case], folders: dict[str, Path], images, segments, found, options) -> None:
@@ -444,13 +429,13 @@ def summary_text(report: dict) -> str:
              f"{report['n_with_lesion']} with lesion; means over cases"]  # fmt: skip
     columns = ("mae", "psnr", "ssim", "ms_ssim", "lesion_mae", "lesion_bias", "flicker")
     lines.append(f"{'':22s}" + "".join(f"{c:>13s}" for c in columns))
-    for method, tables in report["images"].items():
-        for modality, table in tables.items():
+    for method, by_modality in report["images"].items():
+        for modality, table in by_modality.items():
             lines.append(f"{method + ', ' + modality:22s}" + "".join(f"{_mean(table[c]):>13s}" for c in columns))
     columns = ("dice", "hd95_mm", "volume_error_ml", "false_positive_ml")
     lines.append(f"{'segmentation':32s}" + "".join(f"{c:>18s}" for c in columns))
-    for method, tables in report["segmentation"].items():
-        for rule, table in tables.items():
+    for method, by_rule in report["segmentation"].items():
+        for rule, table in by_rule.items():
             lines.append(f"{method + ', ' + rule:32s}" + "".join(f"{_mean(table[c]):>18s}" for c in columns))
     for name, table in report.get("synthetic_minus_baseline", {}).get("images", {}).items():
         for column in ("mae", "lesion_mae"):

@@ -33,8 +33,6 @@ Registration. The derivatives in the space of the CT need none. From raw data, p
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -118,7 +116,7 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__)
     if not options.root or not Path(options.root).is_dir():
         raise UserError(f"--root {options.root or '(missing)'}: name the folder with derivatives/ and raw_data/")
-    from common.checkpoint import replacing
+    from common import tables
 
     root = Path(options.root).resolve()
     out = Path(options.out or root / "cases.csv")
@@ -129,12 +127,7 @@ def main() -> None:
     if not rows:
         raise UserError(f"{root}: none of its subjects has a CT perfusion ({patterns['ctp'][0]}); give its pattern "
                         "with --ctp")  # fmt: skip
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(out) as file:
-        file.write(text.getvalue().encode())
+    tables.write_csv(out, rows)
     for note in notes:
         print(f"note: {note}")
     paired, masks = sum(bool(row["dwi"]) for row in rows), sum(bool(row["mask"]) for row in rows)

@@ -26,9 +26,7 @@ seeded one by one: another --n_cases leaves every other case as it was.
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -413,23 +411,11 @@ def mask_files(folder: str) -> list[Path]:
     return paths
 
 
-def write_truth(path: Path, rows: list[dict]) -> None:
-    from common.checkpoint import replacing
-
-    text = io.StringIO()
-    table = csv.DictWriter(text, rows[0], lineterminator="\n")
-    table.writeheader()
-    for row in rows:
-        table.writerow({k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
-
-
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     check(options)
     masks = mask_files(options.lesion_masks)
-    from common import phantom
+    from common import phantom, tables
     from common.runlog import progress, write_json
 
     phantom.template()  # once, before the threads ask for it
@@ -446,7 +432,7 @@ def main() -> None:
     out = Path(options.out)
     if options.defects:
         spoil(out, rows)
-    write_truth(out / "truth.csv", rows)
+    tables.write_csv(out / "truth.csv", rows, digits=6)
     told = ("seed", "n_cases", "shape", "time_points", "frame_s", "noise")
     record = {"source": "phantom"} | {name: getattr(options, name) for name in told}
     record |= {"voxel_mm": grid_mm(options.shape, options.voxel), "labels": {"core": CORE, "penumbra": PENUMBRA},

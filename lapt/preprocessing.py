@@ -163,11 +163,9 @@ def finish(folder: Path, split, ctp_window=None) -> dict:
 
     ctp_window: None keeps the one of the present statistics.
     """
-    import csv
-    import io
     import json
 
-    from common.checkpoint import replacing
+    from common import tables
     from common.runlog import write_json
     from lapt import data_split, raw
 
@@ -191,19 +189,16 @@ def finish(folder: Path, split, ctp_window=None) -> dict:
     data_split.write(folder, split)
     index = {known["case"]: {"slice_idx": known["slices"], "n": len(known["slices"])} for known in records}
     write_json(folder / INDEX, index)
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    for known in records:
-        lesion = "" if known["lesion_ml"] is None else f"{known['lesion_ml']:.6g}"
-        table.writerow(known | {
-            "split": where[known["case"]], "brain_ml": f"{known['brain_ml']:.6g}", "lesion_ml": lesion,
+    rows = [
+        known | {
+            "split": where[known["case"]],
             "retained_slices": len(known["slices"]), "shape": "x".join(map(str, known["shape"])),
             "spacing_mm": "x".join(f"{s:.6g}" for s in known["spacing_mm"]),
             "has_mri": int(known["has_mri"]), "has_lesion_file": int(known["has_lesion_file"]),
-        })  # fmt: skip
-    with replacing(folder / "manifest.csv") as file:
-        file.write(text.getvalue().encode())
+        }
+        for known in records
+    ]  # fmt: skip
+    tables.write_csv(folder / "manifest.csv", rows, COLUMNS, digits=6)
     write_json(old, statistics)
     return statistics
 

@@ -225,6 +225,7 @@ def measure(options: Options, folders: dict[str, Path], rt) -> dict[str, dict[st
     brain; auc_mirrored: the same of the lesion's mirror image, which tells what anatomy alone gives. dice: ADC
     threshold; dice_guide: the guide.
     """
+    from common import tables
     from lapt import dataset, evaluation
     from lapt.diffusion import load_model
     from lapt.evaluate import Options as EvaluationOptions
@@ -254,7 +255,7 @@ def measure(options: Options, folders: dict[str, Path], rt) -> dict[str, dict[st
                 "auc": auc(-adc, lesion, mask),
                 "auc_mirrored": auc(-adc, lesion[::-1] & mask, mask & ~lesion),
             }
-    evaluation.write_csv(Path(options.out) / "cases.csv", table_rows(rows))
+    tables.write_csv(Path(options.out) / "cases.csv", table_rows(rows))
     methods = dict.fromkeys(method for method, _ in rows)
     columns = {m: dict.fromkeys(c for (method, _), row in rows.items() if method == m for c in row) for m in methods}
     return {

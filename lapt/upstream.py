@@ -172,20 +172,7 @@ def _unet_names(module: UNet) -> dict[str, str]:
 
 def key_map(model: nn.Module) -> dict[str, str]:
     """Our state-dict key -> the original's key, for every entry of `model` that the original has."""
-    keys = {}
-
-    def walk(module, ours, theirs):
-        state, children = module.state_dict(), _children(module)
-        for name, their_name in children.items():
-            if name in state:
-                keys[ours + name] = theirs + their_name
-            elif any(key.startswith(f"{name}.") for key in state):
-                walk(module.get_submodule(name), f"{ours}{name}.", theirs + (f"{their_name}." if their_name else ""))
-        if not children:
-            keys.update({ours + key: theirs + key for key in state})
-
-    walk(model, "", "")
-    return keys
+    return common.checkpoint.renamed_keys(model, _children)
 
 
 def to_upstream(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -220,24 +207,9 @@ def load(model: nn.Module, state_dict: dict[str, Tensor], assign: bool = False) 
         averages = {key: state.pop(key) for key in list(state) if key.startswith("model_ema.")}
         if model.average is not None:
             load(model.average, averaged_unet(averages, model.average), assign)
-    own, names = model.state_dict(), key_map(model)
-    if problems := mismatches(own, names, state):
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        listed = ", ".join(problems[:3]) + more
-        raise UserError(f"weights do not fit {type(model).__name__}: {listed}; check the model options")
-    model.load_state_dict(own | {ours: state[theirs] for ours, theirs in names.items()}, assign=assign)
+    names = key_map(model)
+    common.checkpoint.load_renamed(model, state, names, set(names.values()), assign)
     return model
-
-
-def mismatches(own: dict[str, Tensor], names: dict[str, str], state: dict[str, Tensor]) -> list[str]:
-    """Missing, unexpected and differently shaped entries of a state dict of the original, in words."""
-    problems = [f"no {theirs}" for theirs in names.values() if theirs not in state]
-    problems += [f"unexpected {key}" for key in state if key not in set(names.values())]
-    return problems + [
-        f"{theirs} has shape {tuple(state[theirs].shape)}, expected {tuple(own[ours].shape)}"
-        for ours, theirs in names.items()
-        if theirs in state and state[theirs].shape != own[ours].shape
-    ]
 
 
 def averaged_unet(averages: dict[str, Tensor], network: UNet) -> dict[str, Tensor]:

@@ -7,8 +7,6 @@ may be missing or blank. Sessions are months ("M006", "ses-M006", "6", "bl"), el
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -21,9 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import nifti
+from common import nifti, tables
 from common.cache import VolumeCache
-from common.checkpoint import replacing
 from common.cli import UserError
 from ldae import preprocess
 from ldae.preprocess import Preparation
@@ -69,32 +66,8 @@ def class_index(classes) -> dict[str, int]:
 
 def read_csv(path: str | Path) -> tuple[list[str], list[dict]]:
     """Column names and rows (text) of a CSV; UserError if it is missing, empty or no table."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no table {path}; `python ldae/make_phantom.py` makes a synthetic cohort, "
-                        "`python ldae/scripts/build_table.py FOLDER` lists your own scans")  # fmt: skip
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            rows = list(reader)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no CSV table in UTF-8 ({error}); save it as one") from error
-    if not rows:
-        raise UserError(f"{path} has no rows; give one row per scan")
-    broken = next((i for i, row in enumerate(rows, 2) if None in row or None in row.values()), None)
-    if broken:
-        raise UserError(f"{path}: row {broken} has not as many cells as the header has columns; repair it")
-    return list(reader.fieldnames), rows
-
-
-def write_csv(path: str | Path, columns, records: list[dict]) -> None:
-    """A CSV of these columns, written whole or not at all; numbers as `repr`, None blank."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({c: "" if r.get(c) is None else r[c] for c in columns} for r in records)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    return tables.read_csv(path, "`python ldae/make_phantom.py` makes a synthetic cohort, "
+                           "`python ldae/scripts/build_table.py FOLDER` lists your own scans")  # fmt: skip
 
 
 def read_table(

@@ -7,8 +7,6 @@ network and beside the code of somebody else. Every scan is compared with the pr
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import metrics, runtime, training
+from common import metrics, runtime, tables, training
 from common.checkpoint import replacing
 from common.cli import UserError
 from common.runlog import write_json
@@ -43,7 +41,7 @@ DEFINITIONS = {
     "ssim_window3": "as ssim with the original's window of 3 voxels (its tests since September 2025)",
     "ssim_window4": "as ssim with the original's window of 4 voxels (its tests before, and its interpolation)",
     "ms_ssim_window3": "multi-scale SSIM, 5 scales, window 3 (the original's)",
-    "latent_rmse": "RMSE between the latent and the scan's, in units of scaled latents (SD 1)",
+    "latent_rmse": "RMSE between the latent and the scan's posterior mean, in units of scaled latents (SD 1)",
     "z_mean": "mean of z_T", "z_std": "standard deviation of z_T (unit Gaussian: 1)",
     "z_kurtosis": "excess kurtosis of z_T (Gaussian: 0)", "z_max_abs": "largest magnitude in z_T",
     "head": f"voxels of the prepared scan above {HEAD_LEVEL}",
@@ -116,6 +114,7 @@ def definitions(names: Iterable[str]) -> dict[str, str]:
 AEKL = "aekl"
 ROWS = {
     "encoded": "y + encoded z_T",
+    "drawn": "the same of a posterior draw",
     "y_only": "y only, fixed noise",
     "prior": "prior only, encoded z_T (LDDIM)",
     "untrained": "untrained network, encoded z_T",
@@ -145,12 +144,16 @@ def partners(subjects: list[str]) -> list[int]:
 
 
 @torch.no_grad()
-def reconstruct(model, z_0, y, y_other, noise, steps: int, rows: Iterable[str], sampler: str = "ddim") -> dict:
+def reconstruct(
+    model, z_0, y, y_other, noise, steps: int, rows: Iterable[str], sampler: str = "ddim", z_drawn=None
+) -> dict:
     """{row: (z_0_hat, z_T or None)} of a batch for these rows of the table.
 
     model: `model.LDAE`; z_0 (B, C, d, h, w), y and y_other (B, code_dim). noise: the fixed z_T of the rows without an
-    own one. z_T is given where it was encoded. The sampler ("ddim" or "dpmpp_2m") starts from fresh noise; encoded
-    codes go back the way they came, by DDIM.
+    own one; z_drawn: a draw of the posterior whose mean is z_0, for the row of that name. The prior was trained on
+    draws, so theirs is the z_T that should be Gaussian: where the posterior is wider than people differ, a mean is not
+    a typical latent. z_T is given where it was encoded. The sampler ("ddim" or "dpmpp_2m") starts from fresh noise;
+    encoded codes go back the way they came, by DDIM.
     """
     found, z_T = {}, None
     if {"encoded", "shuffled"} & set(rows):
@@ -158,6 +161,9 @@ def reconstruct(model, z_0, y, y_other, noise, steps: int, rows: Iterable[str], 
     for row in rows:
         if row == "encoded":
             found[row] = model.decode(z_T, y, steps), z_T
+        elif row == "drawn":
+            drawn_z_T = model.invert(z_drawn, y, steps)
+            found[row] = model.decode(drawn_z_T, y, steps), drawn_z_T
         elif row == "y_only":
             found[row] = model.decode(noise, y, steps, sampler), None
         elif row == "prior":
@@ -260,16 +266,6 @@ class Records:
         return [entry for key in keys for entry in json.loads((self.folder / f"{key}.json").read_text())]
 
 
-def csv_bytes(rows: list[dict]) -> bytes:
-    """A table with the columns of all rows; empty where a row has none."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
 def write_text(path: Path, text: str | bytes) -> None:
     """Text file, written atomically."""
     with replacing(path) as file:
@@ -333,8 +329,8 @@ def write_table(folder: Path, rows: list[dict], about: dict, seed: int) -> dict:
     }  # fmt: skip
     if "lpips" not in names:
         result["definitions"]["lpips"] = UNAVAILABLE
-    write_text(folder / "reconstruction_per_scan.csv", csv_bytes(rows))
-    write_text(folder / "reconstruction_table.csv", csv_bytes([flat(entry, "lpips" in names) for entry in table]))
+    tables.write_csv(folder / "reconstruction_per_scan.csv", rows)
+    tables.write_csv(folder / "reconstruction_table.csv", [flat(entry, "lpips" in names) for entry in table])
     write_text(folder / "reconstruction_table.md", table_markdown(result))
     write_json(folder / "reconstruction_table.json", result)
     return result

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import figures, metrics
+from common import figures, metrics, tables
 from common.runlog import write_json
 from ldae import evaluation
 
@@ -219,14 +219,14 @@ def write_report(folder: Path, rows: list[dict], about: dict, seed: int) -> dict
         "ldae_change_minus": paired_differences(scored, "ldae_change", names, seed),
         "grouped": {key: {method: grouped(part, key, names) for method, part in parts.items()} for key in GROUPINGS},
     }  # fmt: skip
-    evaluation.write_text(folder / "interpolation_results.csv", evaluation.csv_bytes(rows))
-    for key, tables in result["grouped"].items():
-        lines = [{"method": method, key: value, **entry} for method, table in tables.items()
+    tables.write_csv(folder / "interpolation_results.csv", rows)
+    for key, by_method in result["grouped"].items():
+        lines = [{"method": method, key: value, **entry} for method, table in by_method.items()
                  for value, entry in table.items()]  # fmt: skip
-        evaluation.write_text(folder / f"by_{key}.csv", evaluation.csv_bytes(lines))
+        tables.write_csv(folder / f"by_{key}.csv", lines)
         for name, label in FIGURES.items():
             lines = {method: ([float(v) for v in table], [entry[f"{name}_mean"] for entry in table.values()])
-                     for method, table in tables.items()}  # fmt: skip
+                     for method, table in by_method.items()}  # fmt: skip
             figures.curves(folder / f"{name}_by_{key}.png", lines, xlabel=LABELS[key], ylabel=label)
     evaluation.write_text(folder / "interpolation.md", report_markdown(result))
     write_json(folder / "interpolation.json", result)
@@ -259,10 +259,10 @@ def report_markdown(result: dict) -> str:
                  f"{entry[n]['ci95'][1]:+.{digits[n]}f}]" for n in names]  # fmt: skip
         body.append([METHODS[method], *cells])
     text += evaluation.markdown_table(["LDAE minus", *names], body) + "\n"
-    for key, tables in result["grouped"].items():
+    for key, by_method in result["grouped"].items():
         body = [[METHODS[method], value, str(entry["mse_count"]),
                  *(f"{entry[f'{n}_mean']:.{digits[n]}f}" for n in names)]
-                for method, table in tables.items() for value, entry in table.items()]  # fmt: skip
+                for method, table in by_method.items() for value, entry in table.items()]  # fmt: skip
         text += evaluation.markdown_table(["prediction", LABELS[key], "n", *names], body) + "\n"
     text += "".join(f"- {name}: {meaning}\n" for name, meaning in result["definitions"].items())
     return text + "".join(f"- left out: {problem}\n" for problem in result.get("left_out", []))

@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from common.cli import UserError
-from common.lpips import LPIPS
+from common.lpips import SliceDistances
 
 
 def reconstruction_loss(x_hat: Tensor, x: Tensor) -> Tensor:
@@ -40,42 +38,21 @@ def discriminator_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
     return 0.5 * (fake_logits.square().mean() + (real_logits - 1).square().mean())
 
 
-class SliceLPIPS(nn.Module):
+class SliceLPIPS(SliceDistances):
     """LPIPS over slices along three axes ("fake 3D"): two volumes (B, 1, D, H, W) -> a scalar.
 
-    net: "squeeze", "alex" or "vgg", read from the files `weights_path` (one or two, see LPIPS.load), or a module that
-    compares images. slice_fraction < 1 takes that share of each axis's slices, drawn anew at every call. value_range
-    (low, high) is mapped to the [-1, 1] that LPIPS was made for; None compares the values as they are. sum_axes adds
-    the three axes' means instead of averaging them. checkpointing recomputes `slice_batch` slices at a time in the
-    backward pass.
+    slice_fraction < 1 takes that share of each axis's slices, drawn anew at every call. sum_axes adds the three axes'
+    means instead of averaging them. The other arguments: see SliceDistances.
     """
 
     # Deviation (original code): the sum over axes of volumes in [0, 1], that is sum_axes=True, value_range=None.
 
     def __init__(
-        self,
-        net: str | nn.Module,
-        weights_path: str | Path | Sequence = (),
-        *,
-        slice_fraction: float = 1.0,
-        value_range: tuple[float, float] | None = (0.0, 1.0),
-        sum_axes: bool = False,
-        slice_batch: int = 64,
-        checkpointing: bool = False,
-    ):
-        super().__init__()
-        if isinstance(net, str):
-            paths = [weights_path] if isinstance(weights_path, str | Path) else list(weights_path)
-            paths = [path for path in paths if str(path)]
-            if not paths:
-                raise UserError(f"the perceptual loss needs pretrained {net} and LPIPS weights: name the files with "
-                                "--lpips_weights, or switch the term off with --perceptual_weight 0")  # fmt: skip
-            net = LPIPS(net).load(paths)
-        if not 0 < slice_fraction <= 1:
-            raise UserError(f"slice fraction {slice_fraction}: choose more than 0 and at most 1")
-        self.distance = net
-        self.slice_fraction, self.value_range, self.sum_axes = slice_fraction, value_range, sum_axes
-        self.slice_batch, self.checkpointing = slice_batch, checkpointing
+        self, net: str | nn.Module, weights_path: str | Path | Sequence = (), *,
+        value_range: tuple[float, float] | None = (0.0, 1.0), sum_axes: bool = False, **options,
+    ):  # fmt: skip
+        super().__init__(net, weights_path, value_range=value_range, **options)
+        self.sum_axes = sum_axes
 
     def draw(self, size: Sequence[int], generator: torch.Generator | None = None) -> list[Tensor]:
         """Numbers of the slices to compare along each axis of a volume of `size`; all of them at slice_fraction 1."""
@@ -96,27 +73,10 @@ class SliceLPIPS(nn.Module):
 
     def per_axis(self, x_hat: Tensor, x: Tensor, slices: Sequence[Tensor]) -> Tensor:
         """Mean distance of the `slices` along each axis, (3,)."""
-        smallest = getattr(self.distance, "smallest", 1)
-        if min(x.shape[2:]) < smallest:
-            size = "x".join(map(str, x.shape[2:]))
-            raise UserError(f"volume {size} is too small for LPIPS: {smallest} voxels along each axis; switch it off "
-                            "with --perceptual_weight 0")  # fmt: skip
-        if self.value_range is not None:
-            low, high = self.value_range
-            x_hat, x = (2 * (volume - low) / (high - low) - 1 for volume in (x_hat, x))
-        means = []
+        volumes, means = self.prepare(x_hat, x), []
         for axis, chosen in zip((2, 3, 4), slices, strict=True):
             chosen = chosen.to(x.device)
-            a, b = (volume.index_select(axis, chosen).movedim(axis, 1).flatten(0, 1) for volume in (x_hat, x))
-            means.append(self._compare(a, b).mean())
+            a, b = (volume.index_select(axis, chosen).movedim(axis, 1).flatten(0, 1) for volume in volumes)
+            means.append(self.compare(a, b).mean())
         return torch.stack(means)
 
-    def _compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances of slices (N, 1, rows, columns) -> (N,), `slice_batch` of them at a time."""
-        parts = []
-        for part_a, part_b in zip(a.split(self.slice_batch), b.split(self.slice_batch), strict=True):
-            if self.checkpointing and torch.is_grad_enabled():
-                parts.append(checkpoint(self.distance, part_a, part_b, use_reentrant=False))
-            else:
-                parts.append(self.distance(part_a, part_b))
-        return torch.cat(parts)

@@ -176,15 +176,15 @@ def spoil(out: Path, rows: list[dict], sessions) -> dict[str, str]:
 
 def write_tables(out: Path, rows: list[dict]) -> None:
     """dataset.csv, truth.csv, participants.tsv and one sessions.tsv per subject."""
-    from ldae.dataset import write_csv
+    from common.tables import write_csv
 
     rows = [row | {"age": f"{row['age']:.2f}", "age_in_table": row.get("age_in_table", f"{row['age']:.2f}")}
             for row in rows]  # fmt: skip
     table = [row | {"age": row["age_in_table"]} for row in rows]
-    write_csv(out / "data" / "dataset.csv", COLUMNS, table)
+    write_csv(out / "data" / "dataset.csv", table, COLUMNS)
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "age_in_table"]
     truth = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    write_csv(out / "data" / "truth.csv", columns, truth)
+    write_csv(out / "data" / "truth.csv", truth, columns)
     scans, subjects = out / "data" / "scans", {row["subject"]: row for row in rows}
     write_tsv(scans / "participants.tsv", [{"participant_id": s, "sex": row["sex"]} for s, row in subjects.items()])
     for subject in subjects:

@@ -74,11 +74,14 @@ class LDAE:
     # ---- volumes, latents and codes
 
     @torch.inference_mode()
-    def compress(self, x: torch.Tensor) -> torch.Tensor:
-        """z_0 of prepared volumes (B, 1, D, H, W): the posterior mean, normalised."""
+    def compress(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """z_0 of prepared volumes (B, 1, D, H, W), normalised: the posterior mean, or with `noise` a draw around it."""
         with self.rt.autocast():
-            mu, _ = self.aekl.encode(x.to(self.rt.device))
-        return normalise(mu.float(), self.stats)
+            mu, logvar = self.aekl.encode(x.to(self.rt.device))
+        z_0 = mu.float()
+        if noise is not None:
+            z_0 = self.aekl.sample(z_0, logvar.float(), noise.to(self.rt.device))
+        return normalise(z_0, self.stats)
 
     @torch.inference_mode()
     def decompress(self, z_0: torch.Tensor) -> torch.Tensor:

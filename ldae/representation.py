@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import checkpoint, figures, metrics, nifti, runtime, schedulers, training
+from common import checkpoint, figures, metrics, nifti, runtime, schedulers, tables, training
 from common.checkpoint import replacing
 from common.cli import UserError, frozen
 from common.ema import EMA
@@ -460,7 +460,7 @@ def measure(config: ReprLearnConfig, rt: runtime.Runtime, verb: str, part: str) 
     about = {"stage": config.stage, "part": part, "n": len(rows), "subjects": len({row.subject for row in rows})}
     about |= {"split": split.hash, "model": ldae.hash, "parts": ldae.hashes, "preparation": ldae.preparation.to_dict()}
     names = dict.fromkeys(key for entry in table for key in entry)
-    evaluation.write_text(path.with_name(f"{verb}_gap.csv"), evaluation.csv_bytes(curve))
+    tables.write_csv(path.with_name(f"{verb}_gap.csv"), curve)
     lines = {label: (times.numpy(), curves[name].mean(0)) for name, label in GAPS.items() if name in curves}
     figures.curves(path.with_name(f"{verb}_gap.png"), lines, xlabel="t", log_y=True,
                    ylabel="squared gap of posterior means", title=f"{len(rows)} {part} scans")  # fmt: skip

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import checkpoint, figures, runtime, training
+from common import checkpoint, figures, runtime, tables, training
 from common.cli import UserError, frozen
 from common.ema import EMA
 from common.runlog import Means, RunLog, progress, write_json
@@ -430,7 +430,7 @@ def predict(config: SupervisedConfig, rt: runtime.Runtime) -> None:
         known = ("scan", "subject", "session", "diagnosis", "age")
         records = [{name: getattr(row, name) for name in known} for row in rows]
         records = [record | {name: values[i] for name, values in columns.items()} for i, record in enumerate(records)]
-        dataset.write_csv(folder / "predictions.csv", [*known, *columns], records)
+        tables.write_csv(folder / "predictions.csv", records, [*known, *columns])
         about = {"stage": config.stage, "part": config.part, "n": len(rows), "split": split_hash}
         about |= {"network": trained.hash, "target": trained.target.to_dict(), "options": training.recorded(config)}
         write_json(folder / "predictions.json", about)

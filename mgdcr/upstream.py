@@ -78,18 +78,7 @@ def _children(module: nn.Module) -> dict[str, str]:
 
 def key_map(model: nn.Module) -> dict[str, str]:
     """Our state-dict key -> the original's key, for every entry of `model`."""
-    keys = {}
-
-    def walk(module, ours, theirs):
-        state, children = module.state_dict(), _children(module)
-        for name, their_name in children.items():
-            if any(key.startswith(f"{name}.") for key in state):
-                walk(module.get_submodule(name), f"{ours}{name}.", theirs + (f"{their_name}." if their_name else ""))
-        if not children:
-            keys.update({ours + key: theirs + key for key in state})
-
-    walk(model, "", "")
-    return keys
+    return checkpoint.renamed_keys(model, _children)
 
 
 def _with_twins(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

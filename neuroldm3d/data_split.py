@@ -12,8 +12,6 @@ split.json (rule, seeds, counts, hashes) beside audit.json. Rows without a label
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 from collections import Counter
@@ -82,13 +80,11 @@ def split(rows: list[Row], options: Options) -> dict[str, list[Row]]:
     return {name: part for name, part in zip(SPLITS, (train, val, test, reference), strict=True) if part}
 
 
-def table_text(part: list[Row], columns: list[str], records: dict[str, dict], out: Path, salt: str) -> str:
-    """CSV of the master table's columns for these rows, with relative files, and `cluster` where one is known."""
+def table_records(part: list[Row], columns: list[str], records: dict[str, dict], out: Path, salt: str) -> list[dict]:
+    """The master table's records of these rows, with relative files, and `cluster` where one is known."""
     from neuroldm3d.dataset import CLUSTER_COLUMN, FILE_COLUMN, SUBJECT_COLUMN
 
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
+    found = []
     for row in part:
         record = dict(records[row.name])
         record[FILE_COLUMN] = Path(os.path.relpath(row.file, out)).as_posix()
@@ -97,8 +93,8 @@ def table_text(part: list[Row], columns: list[str], records: dict[str, dict], ou
         if CLUSTER_COLUMN in columns:
             cluster = row.covariates.get(CLUSTER_COLUMN, "")
             record[CLUSTER_COLUMN] = audit.pseudonym(cluster, salt) if cluster and salt else cluster
-        writer.writerow(record)
-    return text.getvalue()
+        found.append(record)
+    return found
 
 
 def check(options: Options) -> Path:
@@ -121,7 +117,7 @@ def check(options: Options) -> Path:
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     out = check(options)
-    from common.checkpoint import replacing
+    from common import tables
     from common.runlog import git_revision, write_json
     from neuroldm3d import dataset
 
@@ -146,8 +142,8 @@ def main() -> None:
     # ---- finish
     for name in SPLITS:
         if name in parts:
-            with replacing(out / f"{name}.csv") as file:
-                file.write(table_text(parts[name], columns, records, out, options.salt).encode())
+            kept = table_records(parts[name], columns, records, out, options.salt)
+            tables.write_csv(out / f"{name}.csv", kept, columns)
         else:
             (out / f"{name}.csv").unlink(missing_ok=True)  # one of an earlier split would overlap with this one
     counts = {

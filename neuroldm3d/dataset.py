@@ -7,7 +7,6 @@ A table is a CSV in the original's layout: `file` (relative to the folder of the
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import nifti, runtime
+from common import nifti, runtime, tables
 from common.cache import VolumeCache
 from common.cli import UserError
 from common.runlog import progress
@@ -66,22 +65,8 @@ def file_hash(path: str | Path) -> str:
 
 def read_csv(path: str | Path) -> tuple[list[str], list[dict]]:
     """Column names and rows (text) of a CSV; UserError if it is missing, empty or no table."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no table {path}; `python neuroldm3d/make_phantom.py` makes a synthetic cohort, "
-                        "`python neuroldm3d/data_split.py --csv MASTER.csv` splits your own")  # fmt: skip
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            rows = list(reader)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no CSV table in UTF-8 ({error}); save it as one") from error
-    if not rows:
-        raise UserError(f"{path} has no rows; give one row per volume")
-    broken = next((i for i, row in enumerate(rows, 2) if None in row or None in row.values()), None)
-    if broken:
-        raise UserError(f"{path}: row {broken} has not as many cells as the header has columns; repair it")
-    return list(reader.fieldnames), rows
+    return tables.read_csv(path, "`python neuroldm3d/make_phantom.py` makes a synthetic cohort, "
+                           "`python neuroldm3d/data_split.py --csv MASTER.csv` splits your own")  # fmt: skip
 
 
 def read_table(csv_path: str | Path, label_column: str = LABEL_COLUMN, root: str | Path = "") -> list[Row]:

@@ -23,7 +23,6 @@ Subjects are seeded one by one and numbered per split: another --n_train leaves 
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -252,14 +251,6 @@ def table_row(truth: dict) -> dict:
     return row | {name: truth[name] for name in ("site", "age", "sex")}
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
 def check(options: Options) -> None:
     if min(options.shape) < 16 or max(options.shape) > 192:
         raise UserError(f"--shape {options.shape}: every axis between 16 and 192 voxels")
@@ -276,7 +267,7 @@ def check(options: Options) -> None:
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     check(options)
-    from common import phantom
+    from common import phantom, tables
     from common.runlog import progress, write_json
 
     atlas()  # once, before the threads ask for it
@@ -293,9 +284,10 @@ def main() -> None:
             pool.shutdown(cancel_futures=True)
             raise
     for split in sizes:
-        write_table(out / TABLES / f"{split}.csv", [table_row(row) for row in rows if row["split"] == split])
-    write_table(out / TABLES / "master.csv", [table_row(row) for row in rows])
-    write_table(out / "truth.csv", rows)
+        part = [table_row(row) for row in rows if row["split"] == split]
+        tables.write_csv(out / TABLES / f"{split}.csv", part, digits=6)
+    tables.write_csv(out / TABLES / "master.csv", [table_row(row) for row in rows], digits=6)
+    tables.write_csv(out / "truth.csv", rows, digits=6)
     spacing = float(grid_affine(options.shape)[1, 1])
     record = {"source": "phantom", "seed": options.seed, "shape": list(options.shape), "spacing_mm": spacing,
               "labels": phantom.LABELS}  # fmt: skip

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import common.checkpoint
 from common import nifti, schedulers, training
 from common.blocks3d import Down, Half, ResidualBlock, Up, sinusoidal_embedding
 from common.cli import UserError
@@ -94,20 +95,7 @@ def _children(module: nn.Module) -> dict[str, str]:
 
 def key_map(model: nn.Module) -> dict[str, str]:
     """Our state-dict key -> the original's key, for every entry of `model`."""
-    keys = {}
-
-    def walk(module, ours, theirs):
-        state, children = module.state_dict(), _children(module)
-        for name, their_name in children.items():
-            if name in state:
-                keys[ours + name] = theirs + their_name
-            elif any(key.startswith(f"{name}.") for key in state):
-                walk(module.get_submodule(name), f"{ours}{name}.", f"{theirs}{their_name}.")
-        if not children:
-            keys.update({ours + key: theirs + key for key in state})
-
-    walk(model, "", "")
-    return keys
+    return common.checkpoint.renamed_keys(model, _children)
 
 
 WRAPPERS = ("module.", "model.")  # of DataParallel and of the class that holds the original's DiT
@@ -138,19 +126,8 @@ def load(model, state_dict: dict[str, Tensor]):
 
     Returns the model. Strict: UserError names missing, unexpected and differently shaped entries.
     """
-    state, own, names = _unwrapped(state_dict), model.state_dict(), key_map(model)
-    problems = [f"no {key}" for key in names.values() if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in set(names.values())]
-    problems += [
-        f"{theirs} has shape {tuple(state[theirs].shape)}, expected {tuple(own[ours].shape)}"
-        for ours, theirs in names.items()
-        if theirs in state and state[theirs].shape != own[ours].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        listed = ", ".join(problems[:3]) + more
-        raise UserError(f"weights do not fit {type(model).__name__}: {listed}; check the model options")
-    model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
+    names = key_map(model)
+    common.checkpoint.load_renamed(model, _unwrapped(state_dict), names, set(names.values()))
     return model
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import nbformat
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -79,6 +80,12 @@ def test_no_volume_weight_pickle_or_large_file_is_in_the_repository():
     command = [sys.executable, ".ci/check_files.py", *map(str, files)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_notebooks_are_valid():
+    assert len(sources(".ipynb")) >= len(PAPERS)
+    for path in sources(".ipynb"):  # that they hold no outputs is the file guard's
+        nbformat.validate(nbformat.read(ROOT / path, as_version=4))
 
 
 @pytest.mark.parametrize("name", ["scan.nii.gz", "AAE.pth.tar", "last.pt", "big.bin", "ran.ipynb"])

@@ -191,6 +191,7 @@ def check(options: Options) -> None:
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     check(options)
+    from common import tables
     from ldae import data_split, dataset
 
     records = collect(options)
@@ -206,7 +207,7 @@ def main() -> None:
     used = [c for c in COLUMNS if c in ("subject", "path") or any(r[c] for r in records)]
     # A table that no stage could read is not written: the same checks, on a file beside it.
     draft = out.with_name(f".{out.name}.draft")
-    dataset.write_csv(draft, used, records)
+    tables.write_csv(draft, records, used)
     try:
         rows = dataset.read_table(draft)
         made = data_split.make(rows, options.val_size, options.test_size, options.split_seed) if options.split else None
@@ -214,7 +215,7 @@ def main() -> None:
         raise UserError(str(error).replace(str(draft), str(out))) from error
     finally:
         draft.unlink(missing_ok=True)
-    dataset.write_csv(out, used, records)
+    tables.write_csv(out, records, used)
     print(f"table {out} with the columns {', '.join(used)}")
     if made:
         split, notes = made

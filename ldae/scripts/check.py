@@ -227,7 +227,7 @@ def lines(findings: list[Finding]) -> list[str]:
 
 def write_report(out: Path, rows, facts: list[Facts], findings: list[Finding], options: Options) -> None:
     from common.runlog import write_json
-    from ldae.dataset import write_csv
+    from common.tables import write_csv
 
     records = []
     for row, known in zip(rows, facts, strict=True):
@@ -242,7 +242,7 @@ def write_report(out: Path, rows, facts: list[Facts], findings: list[Finding], o
                        "fingerprint": known.fingerprint}  # fmt: skip
         records.append(record)
     columns = dict.fromkeys(key for record in records for key in record)
-    write_csv(out / "check.csv", columns, records)
+    write_csv(out / "check.csv", records, columns)
     counts = Counter(f.level for f in findings)
     report = {"scans": len(rows), "subjects": len({row.subject for row in rows}),
               "counts": {level: counts[level] for level in LEVELS}}  # fmt: skip

@@ -14,7 +14,7 @@ from common.cli import CommonOptions, UserError, option
 HERE = Path(__file__).resolve().parents[1]
 SAMPLERS = ("ddim", "dpmpp_2m")
 KINDS = ("aekl", "y_only", "encoded")  # of reconstructions
-TABLE_ROWS = ("encoded", "y_only", "prior", "untrained", "shuffled", "shuffled_y_only")
+TABLE_ROWS = ("encoded", "drawn", "y_only", "prior", "untrained", "shuffled", "shuffled_y_only")
 PRESETS = {
     "paper": {},
     "tiny": dict(steps=20, num_workers=0),

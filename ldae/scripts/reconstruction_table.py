@@ -105,10 +105,14 @@ class Study:
         z_0, y = ldae.compress(x), ldae.semantic(x)
         shuffled = any("shuffled" in name for name in self.wanted)
         y_other = ldae.semantic(self.stack([self.partners[k] for k in indices])) if shuffled else None
-        noise = ldae.noise([self.rows[k].scan for k in indices], self.options.seed)
+        scans, seed = [self.rows[k].scan for k in indices], self.options.seed
+        noise = ldae.noise(scans, seed)
+        z_drawn = ldae.compress(x, ldae.noise([f"posterior of {scan}" for scan in scans], seed))
         made = {(evaluation.AEKL, None): (z_0, None)}
         for steps in table_steps:
-            found = evaluation.reconstruct(ldae, z_0, y, y_other, noise, steps, self.wanted, self.options.sampler)
+            found = evaluation.reconstruct(
+                ldae, z_0, y, y_other, noise, steps, self.wanted, self.options.sampler, z_drawn
+            )
             made |= {(name, steps): value for name, value in found.items()}
         return x, z_0, made
 

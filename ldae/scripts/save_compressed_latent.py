@@ -123,6 +123,7 @@ def save_latents(options: Options, rt) -> dict:
 
 def write_table(options: Options, folder: Path, rows, record: dict) -> Path:
     """<csv>_with_compressed_latent.csv in the output folder: the table's columns, paths that count from there."""
+    from common import tables
     from ldae import dataset
 
     columns, records = dataset.read_csv(options.csv_path)
@@ -141,7 +142,7 @@ def write_table(options: Options, folder: Path, rows, record: dict) -> Path:
         if "mask_path" in columns:
             entry["mask_path"] = moved(row.mask_path)
     path = folder / f"{Path(options.csv_path).stem.removesuffix('_with_compressed_latent')}_with_compressed_latent.csv"
-    dataset.write_csv(path, dict.fromkeys([*columns, "latent_path", "split"]), records)
+    tables.write_csv(path, records, dict.fromkeys([*columns, "latent_path", "split"]))
     return path
 
 

@@ -157,14 +157,14 @@ def summary(rows, found) -> dict[str, dict]:
 
 def write_table(path: Path, rows, found) -> None:
     """A row per scan and slice."""
-    from ldae.dataset import write_csv
+    from common.tables import write_csv
 
     records = []
     for row in rows:
         about = {name: getattr(row, name) for name in COLUMNS[:4]}
         for i, (weight, position) in enumerate(zip(*found[row.scan], strict=True)):
             records.append(about | {"slice": i, "position_mm": f"{position:.2f}", "weight": f"{weight:.6g}"})
-    write_csv(path, COLUMNS, records)
+    write_csv(path, records, COLUMNS)
 
 
 def draw(out: Path, rows, found, volumes, plane: str, chosen) -> None:

@@ -6,8 +6,6 @@ original's normalisation (mean and standard deviation of the whole volume), its 
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,8 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import metrics
-from common.checkpoint import replacing
+from common import metrics, tables
 from common.cli import UserError
 from common.runlog import git_revision, write_json
 from neuroldm3d.dataset import CLASSES
@@ -156,13 +153,7 @@ def summarise(rows: list[dict], seed: int = 0) -> dict:
 
 def write_report(folder: Path, rows: list[dict], options: dict, seed: int = 0) -> dict:
     """per_subject_metrics.csv and summary_metrics.json (with `options`) in `folder`; returns the summary."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(Path(folder) / "per_subject_metrics.csv") as file:
-        file.write(text.getvalue().encode())
+    tables.write_csv(Path(folder) / "per_subject_metrics.csv", rows)
     summary = {"n": len(rows), "data_range": {"native": DATA_RANGE, "unit": "GM fraction"}, "options": options}
     summary |= {"metrics": summarise(rows, seed), "git_revision": git_revision()}
     write_json(Path(folder) / "summary_metrics.json", summary)

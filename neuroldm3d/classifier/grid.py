@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from common import figures, runtime
+from common import figures, runtime, tables
 from common.cli import UserError, frozen, to_dict
 from common.runlog import write_json
 from common.training import read_record
@@ -261,12 +261,12 @@ def write_report(config: GridConfig, report: dict) -> None:
         for name, value in cell["metrics"].items():
             row |= {f"{name}_mean": value["mean"], f"{name}_sd": value["sd"]}
         rows.append(row | {"ensemble_auc": cell["ensemble_auc"]["auc"]})
-    trainer.write_csv(folder / "cells.csv", rows)
+    tables.write_csv(folder / "cells.csv", rows)
     plain = ("cell", "baseline", "delta_auc", "se", "z", "p", "p_holm", "p_bh", "p_equivalence", "p_non_inferiority",
              "minimum_detectable", "power_at_delta")  # fmt: skip
     compared = [{key: row[key] for key in plain} for row in report["comparisons"]]
     if compared:
-        trainer.write_csv(folder / "comparisons.csv", compared)
+        tables.write_csv(folder / "comparisons.csv", compared)
     draw(folder, report)
 
 

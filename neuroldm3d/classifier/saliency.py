@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scipy import ndimage, stats
 from torch import Tensor, nn
 
-from common import figures, nifti, runtime, training
+from common import figures, nifti, runtime, tables, training
 from common.cli import UserError, to_dict
 from common.metrics import bootstrap_interval
 from common.runlog import git_revision, progress, write_json
@@ -368,7 +368,7 @@ def write_tables(out: Path, found: list[dict]) -> None:
     for name, key in TABLES.items():
         rows = [row for part in found for row in part[key]]
         if rows:
-            trainer.write_csv(out / f"{name}.csv", rows)
+            tables.write_csv(out / f"{name}.csv", rows)
 
 
 def write_group_maps(study: Study, sums: Sums, rows: list[Row]) -> None:

@@ -6,7 +6,6 @@ Who is trained and tested on is decided in composition.py; the entry script is t
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 from contextlib import nullcontext
@@ -17,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from common import checkpoint, runtime, training
-from common.checkpoint import replacing
+from common import checkpoint, runtime, tables, training
 from common.cli import UserError, frozen
 from common.runlog import Means, RunLog, git_revision, progress, write_json
 from neuroldm3d import dataset, preprocess, upstream
@@ -333,7 +331,7 @@ def evaluate_fold(config: Config, rt: runtime.Runtime, fold: Fold, volumes: data
     if not rt.is_main:
         return
     labels = np.array([row.label for row in fold.test])
-    write_csv(folder / "individual_test_performance.csv", prediction_rows(config, fold, logits, saved))
+    tables.write_csv(folder / "individual_test_performance.csv", prediction_rows(config, fold, logits, saved))
     report = {
         "fold": fold.number,
         "epoch": saved["epoch"],
@@ -388,16 +386,6 @@ def prediction_rows(config: Config, fold: Fold, logits, saved: dict) -> list[dic
         more = (row.name, row.group, fold.number, float(logit), calibrated, int(score >= saved["threshold"]))
         rows.append(dict(zip((*COLUMNS, *MORE_COLUMNS), (*published, *more), strict=True)))
     return rows
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """A table of one record or more, written atomically; the first one names the columns."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def read_predictions(path: Path) -> list[dict]:

@@ -4,14 +4,12 @@ Only their size is changed, by words behind them: the tiny networks, two trainin
 """
 
 import json
-import re
-import shlex
 import shutil
 
 import nibabel as nib
 import pytest
 
-from tests.helpers import ROOT, run_script
+from tests import readme
 
 TINY = "--preset tiny training.steps=2 --device cpu --num_workers 0".split()
 SMALLER = {  # words behind a command, by its script and, of main.py, its configuration
@@ -29,15 +27,6 @@ SMALLER = {  # words behind a command, by its script and, of main.py, its config
 }
 
 
-def commands() -> list[list[str]]:
-    """[script, argument, ...] of section "Commands, in order"; reproduce.py has a test of its own."""
-    text = (ROOT / "lapt" / "README.md").read_text(encoding="utf-8")
-    section = re.search(r"## Commands, in order\n(.*?)\n## ", text, re.DOTALL)[1]
-    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    return [words[1:] for words in lines if words and words[0] == "python"]
-
-
 def smaller(words: list[str]) -> list[str]:
     name = words[0].split("/")[-1]
     config = next((word.split("/")[-1] for word in words if word.endswith(".yaml")), name)
@@ -49,9 +38,7 @@ def smaller(words: list[str]) -> list[str]:
 def repository(tmp_path_factory, cohort):
     """A copy of what the commands need, a patient's CTP and mask, and a folder of two subjects named as ISLES'24."""
     root = tmp_path_factory.mktemp("repository")
-    for folder in ("lapt", "common"):
-        unwanted = shutil.ignore_patterns("__pycache__", "data", "runs", "logs", "*.csv")
-        shutil.copytree(ROOT / folder, root / folder, ignore=unwanted)
+    readme.copy_code("lapt", root)
     for what in ("ctp", "mask"):
         shutil.copy(cohort / f"raw/case_0001/{what}.nii.gz", root)
     for number in (1, 2):
@@ -66,16 +53,11 @@ def repository(tmp_path_factory, cohort):
 
 @pytest.mark.slow
 def test_commands_run_in_their_order(repository):
-    found = commands()
+    found = readme.commands("lapt")
     scripts = {words[0].removeprefix("lapt/") for words in found}
     assert scripts >= {"make_phantom.py", "preprocessing.py", "main.py", "sample.py", "evaluate.py", "export.py"}
     assert sum(word == "-t" for words in found for word in words) == 6  # every stage
-    (repository / "commands.json").write_text(json.dumps([smaller(words) for words in found]))
-    offline = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "http_proxy": "http://127.0.0.1:9",
-               "https_proxy": "http://127.0.0.1:9"}  # fmt: skip
-    done = run_script([ROOT / "tests" / "lapt" / "run_commands.py", "commands.json"], cwd=repository, env=offline)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert done.stdout.count("+ lapt/") == len(found)
+    readme.run([smaller(words) for words in found], repository)
     # what the page promises about them
     runs = repository / "lapt" / "runs"
     for stage in ("vqgan", "ldm", "lapt", "guide", "ldm3d", "lapt3d"):

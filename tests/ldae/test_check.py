@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import nifti
+from common import nifti, tables
 from common.cli import UserError
 from ldae import dataset, make_phantom
 from ldae.scripts import check
@@ -37,7 +37,7 @@ def few(cohort, tmp_path):
         target = root / "data" / record["path"]
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(cohort / "data" / record["path"], target)
-    dataset.write_csv(root / "data/dataset.csv", columns, records)
+    tables.write_csv(root / "data/dataset.csv", records, columns)
     return root
 
 
@@ -46,7 +46,7 @@ def edit(root, **changes):
     columns, records = dataset.read_csv(root / "data/dataset.csv")
     for name, values in changes.items():
         records[int(name[1:])].update(values)
-    dataset.write_csv(root / "data/dataset.csv", columns, records)
+    tables.write_csv(root / "data/dataset.csv", records, columns)
 
 
 def test_fact_9_names_the_defects_of_the_acceptance_set(tmp_path):

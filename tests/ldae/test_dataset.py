@@ -143,8 +143,3 @@ def test_volumes_are_cached_and_follow_the_file(cohort, prep, tmp_path, monkeypa
     path.unlink()
     with pytest.raises(UserError, match="scan.nii.gz"):
         volumes.load(row)
-
-
-def test_write_csv_round_trip(tmp_path):
-    dataset.write_csv(tmp_path / "a.csv", ("x", "y"), [{"x": "1,5", "y": None, "z": 3}, {"x": 2, "y": "b"}])
-    assert dataset.read_csv(tmp_path / "a.csv") == (["x", "y"], [{"x": "1,5", "y": ""}, {"x": "2", "y": "b"}])

@@ -94,16 +94,18 @@ def latents(ldae, n=2):
 
 def test_each_row_uses_the_codes_that_it_names(ldae):
     z_0, y, y_other, noise = latents(ldae)
-    made = evaluation.reconstruct(ldae, z_0, y, y_other, noise, 4, evaluation.ROWS)
+    z_drawn = z_0 + 0.3 * noise
+    made = evaluation.reconstruct(ldae, z_0, y, y_other, noise, 4, evaluation.ROWS, z_drawn=z_drawn)
     z_T = ldae.invert(z_0, y, 4)
     expected = {
         "encoded": ldae.decode(z_T, y, 4), "y_only": ldae.decode(noise, y, 4),
         "prior": ldae.decode(ldae.invert(z_0, None, 4), None, 4), "shuffled": ldae.decode(z_T, y_other, 4),
         "shuffled_y_only": ldae.decode(noise, y_other, 4),
+        "drawn": ldae.decode(ldae.invert(z_drawn, y, 4), y, 4),
     }  # fmt: skip
     for row, z in expected.items():
         assert torch.equal(made[row][0], z), row
-    assert {row for row, (_, z) in made.items() if z is not None} == {"encoded", "prior", "untrained"}
+    assert {row for row, (_, z) in made.items() if z is not None} == {"encoded", "drawn", "prior", "untrained"}
     z_hats = [made[row][0] for row in evaluation.ROWS]
     assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(z_hats) for b in z_hats[:i])
     with pytest.raises(ValueError, match="no row"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef, recall_score, roc_auc_score
 
-from common import checkpoint, runtime
+from common import checkpoint, runtime, tables
 from common.cli import UserError
 from ldae import dataset, run_cli, supervised
 from ldae.encoder import SemanticEncoder
@@ -41,7 +41,7 @@ def table_without(root, column, scan, name="edited.csv"):
     columns, records = dataset.read_csv(root / "data/dataset.csv")
     rows = dataset.read_table(root / "data/dataset.csv")
     records[next(row.index for row in rows if row.scan == scan)][column] = ""
-    dataset.write_csv(root / "data" / name, columns, records)
+    tables.write_csv(root / "data" / name, records, columns)
     return root / "data" / name
 
 
@@ -298,7 +298,7 @@ def test_networks_of_other_stages_classes_and_splits_are_refused(study):
         run("classification", study, "--split_seed", 3, "--overwrite", verb="test")
     table = study / "data/ageless.csv"
     columns, records = dataset.read_csv(study / "data/dataset.csv")
-    dataset.write_csv(table, [c for c in columns if c != "age"], records)
+    tables.write_csv(table, records, [c for c in columns if c != "age"])
     with pytest.raises(UserError, match="has no column age"):
         run("regression", study, "--csv_path", table)
 

@@ -5,14 +5,12 @@ Only their size is changed, by words behind them: small networks, few steps, two
 
 import csv
 import json
-import re
-import shlex
 import shutil
 
 import nibabel as nib
 import pytest
 
-from tests.helpers import ROOT, run_script
+from tests import readme
 from tests.mgdcr import stages
 
 LOOP = [*stages.LOOP, "--total_samples", "8"]
@@ -30,15 +28,6 @@ SMALLER = {  # words behind a command, by its script
 }
 
 
-def commands() -> list[list[str]]:
-    """[script, argument, ...] of section "Commands, in order"; reproduce.py has a test of its own."""
-    text = (ROOT / "mgdcr" / "README.md").read_text(encoding="utf-8")
-    section = re.search(r"## Commands, in order\n(.*?)\n## ", text, re.DOTALL)[1]
-    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    return [words[1:] for words in lines if words and words[0] == "python"]
-
-
 def smaller(words: list[str]) -> list[str]:
     sampling = ["--n_samples", "2", "--steps", "2"] if "--sample" in words else []
     return [*words, *SMALLER[words[0].split("/")[-1]], *sampling]
@@ -48,9 +37,7 @@ def smaller(words: list[str]) -> list[str]:
 def repository(tmp_path_factory, cohort):
     """A copy of what the commands need, and the files of a study of somebody's own."""
     root = tmp_path_factory.mktemp("repository")
-    for folder in ("mgdcr", "common"):
-        unwanted = shutil.ignore_patterns("__pycache__", "data", "datasets", "checkpoints", "logs", "results", "runs")
-        shutil.copytree(ROOT / folder, root / folder, ignore=unwanted)
+    readme.copy_code("mgdcr", root)
     for name in ("sax", "lax_4ch", "lax_2ch"):
         shutil.copy(cohort / "subject_001" / f"{name}.nii.gz", root / f"{name.removeprefix('lax_')}.nii.gz")
     return root
@@ -58,14 +45,9 @@ def repository(tmp_path_factory, cohort):
 
 @pytest.mark.slow
 def test_commands_run_in_their_order(repository):
-    found = commands()
+    found = readme.commands("mgdcr")
     assert {words[0].split("/")[-1] for words in found} == set(SMALLER)
-    (repository / "commands.json").write_text(json.dumps([smaller(words) for words in found]))
-    offline = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "http_proxy": "http://127.0.0.1:9",
-               "https_proxy": "http://127.0.0.1:9"}  # fmt: skip
-    done = run_script([ROOT / "tests" / "mgdcr" / "run_commands.py", "commands.json"], cwd=repository, env=offline)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert done.stdout.count("+ mgdcr/") == len(found)
+    readme.run([smaller(words) for words in found], repository)
     # what the page promises about them
     home = repository / "mgdcr"
     checkpoints = home / "checkpoints"

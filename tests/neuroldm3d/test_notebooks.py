@@ -1,9 +1,7 @@
-"""The notebooks run headless on one phantom study, show what they say, and are committed without outputs."""
+"""The notebooks run headless on one phantom study, and show what they say."""
 
 import re
-from dataclasses import dataclass
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from common import nifti, runtime
 from common.cli import UserError
 from neuroldm3d.notebooks import study
+from tests import notebooks
 from tests.helpers import ROOT
 
 FOLDER = ROOT / "neuroldm3d" / "notebooks"
@@ -18,12 +17,8 @@ NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 NUMBER = r"[-+]?\d+\.?\d*"
 
 
-@dataclass
-class Shown:
-    """What an executed notebook displayed: printed text, and how many pictures."""
-
-    text: str
-    pictures: int
+class Shown(notebooks.Shown):
+    """The same, and the numbers in its text."""
 
     def numbers(self, pattern):
         """The groups of all matches as floats, (matches, groups); `#` in the pattern stands for a number."""
@@ -45,29 +40,12 @@ def made(tmp_path_factory):
 @pytest.fixture
 def show(made, tmp_path, monkeypatch):
     """show(name): the notebook executed on the shared study."""
-    from nbclient import NotebookClient
-
     monkeypatch.setenv("NEUROLDM3D_ROOT", str(made))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def execute(name):
-        notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
-        outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
-        pictures = [out["data"]["image/png"] for out in outputs if "image/png" in out.get("data", {})]
-        assert all(len(picture) > 5000 for picture in pictures)
-        text = "".join(out.get("text", "") for out in outputs if out.get("name") == "stdout")
-        return Shown(text, len(pictures))
+        return Shown(**vars(notebooks.execute(FOLDER / f"{name}.ipynb", tmp_path, monkeypatch)))
 
     return execute
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_it_is_committed_without_outputs(name):
-    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    nbformat.validate(notebook)
-    assert all(not c.outputs and c.execution_count is None for c in notebook.cells if c.cell_type == "code")
 
 
 def test_all_four_are_there():
@@ -91,7 +69,7 @@ def test_a_script_that_fails_says_why(tmp_path):
 @pytest.mark.slow
 def test_data_split(show, made):
     shown = show("data_split")
-    assert shown.pictures == 2
+    assert len(shown.pictures) == 2
     assert "0 problems, 0 pairs of copies" in shown.text
     pairs = {kind: float(nmse) for kind, nmse in re.findall(r"^(\w+): .* = twin_\1, .*MSE ([\d.]+)$", shown.text, re.M)}
     assert set(pairs) == {"exact", "near", "mirrored"} and pairs["exact"] == 0 < pairs["near"] < 0.3
@@ -113,7 +91,7 @@ def test_data_split(show, made):
 @pytest.mark.slow
 def test_visualize(show, made, tmp_path):
     shown = show("visualize")
-    assert shown.pictures == 7
+    assert len(shown.pictures) == 7
     difference = {kind: shown.numbers(rf"(?m)^{kind}: TLE - HC # \[#, #\]")[0] for kind in ("real", "synthetic")}
     truth = pd.read_csv(made / "truth.csv").query("split != 'val'")
     volume = (truth.measured_left_mm3 + truth.measured_right_mm3).groupby(truth.group == "HC").mean()
@@ -135,7 +113,7 @@ def test_visualize(show, made, tmp_path):
 @pytest.mark.slow
 def test_visualize_recon(show, made, tmp_path):
     shown = show("visualize_recon")
-    assert shown.pictures == 5
+    assert len(shown.pictures) == 5
     from_mean, from_sample, better, n = shown.numbers(r"mean #, from a sample #; the sample is better in # of #")[0]
     assert 0 <= better <= n == 16 and 0 < from_sample < 1.5 * from_mean
     with runtime.start("cpu", "fp32", 0) as rt:
@@ -153,7 +131,7 @@ def test_visualize_recon(show, made, tmp_path):
 @pytest.mark.slow
 def test_visualize_latent(show, made):
     shown = show("visualize_latent")
-    assert shown.pictures == 8
+    assert len(shown.pictures) == 8
     parts = shown.numbers("shared #, people #, noise # of its variance")
     assert len(parts) == 8
     np.testing.assert_allclose(parts.sum(1), 1, atol=0.002)

@@ -11,10 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path.cwd()))
 
-import scipy.interpolate  # noqa: F401  imported once, for all forks
+# What takes long to import: once, for all forks.
+import matplotlib.pyplot  # noqa: F401
+import omegaconf  # noqa: F401
+import pandas  # noqa: F401
+import scipy.interpolate  # noqa: F401
+import scipy.ndimage  # noqa: F401
+import skimage.metrics  # noqa: F401
 import torch
-
-from mgdcr import align, baselines, code_prior, evaluate, inverse, make_phantom, study, trainer  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
 
 
 def run(words):
