@@ -279,8 +279,10 @@ def gather(options: Options, name: str, frame: int, trained, unconditional, rt, 
     sax = torch.from_numpy(frame_data.sax).clamp(0, 1)
     alone = inverse.UnconditionalPrior(unconditional.model, published, rt)
     volumes["unconditional"] = baselines.prior_interpolation(alone, frame_data)
-    for method, settings, schedule in (("diffae", published, "even"), ("diffae legacy", published, "legacy"),
-                                       ("start", ours, "even"), ("start legacy", ours, "legacy")):  # fmt: skip
+    decodings = [("diffae", published, "even"), ("start", ours, "even")]
+    if with_others:
+        decodings += [("diffae legacy", published, "legacy"), ("start legacy", ours, "legacy")]
+    for method, settings, schedule in decodings:
         prior = inverse.Prior(trained.model, settings, rt)
         decoded = baselines.prior_interpolation(prior, frame_data, schedule)
         if settings is ours:
@@ -451,8 +453,8 @@ def claim_parts(table: list[Volumes]) -> dict:
     """(A17) What the views, the propagation of their residual and the schedule of the start codes are worth."""
     part = [entry for entry in table if "no view" in entry.volumes]
     views = [entry.psnr("ideal") - entry.psnr("no view") for entry in part]
-    schedule = [entry.psnr("start") - entry.psnr("start legacy") for entry in table]
-    published = [entry.psnr("diffae") - entry.psnr("diffae legacy") for entry in table]
+    schedule = [entry.psnr("start") - entry.psnr("start legacy") for entry in part]
+    published = [entry.psnr("diffae") - entry.psnr("diffae legacy") for entry in part]
     alone = gains(table, "ideal, not spread")
     prior = [entry.psnr("ideal") - entry.psnr("lax_residual") for entry in table]
     return {
