@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from common import checkpoint, runtime
 from common.cli import UserError
+from common.fid import normal_interval, fid, kid
 from common.lpips import LPIPS
 from common.metrics import MS_SSIM_WEIGHTS
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM
 GRID = 4  # the autoencoder's latent is averaged over this many parts per axis
 RANDOM_WIDTH = 32
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 # ---- slices ---------------------------------------------------------------------------------------------------------
 
@@ -182,76 +182,18 @@ def load_backbone(name: str, path: str | Path) -> LPIPS:
 # ---- distances of feature sets --------------------------------------------------------------------------------------
 
 
-def fid(real: np.ndarray, other: np.ndarray) -> float:
-    """Squared Fréchet distance of features (n, d) and (m, d) (Heusel et al. 2017), in float64.
-
-    |m_a - m_b|² + tr(C_a + C_b) - 2 tr((C_a C_b)^½), the last trace as the sum of the singular values of A B', A and B
-    the centred rows over (n - 1)^½: exact for singular covariances too.
-    """
-    a, b = _checked(real), _checked(other)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"feature sizes differ: {a.shape[1]} and {b.shape[1]}")
-    centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b)]
-    if min(len(a), len(b)) > a.shape[1]:  # by way of whichever matrices are smaller
-        root = _root(centred[0].T @ centred[0]) @ _root(centred[1].T @ centred[1])
-    else:
-        root = centred[0] @ centred[1].T
-    traces = sum(float((x**2).sum()) for x in centred)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + traces - 2 * np.linalg.svd(root, compute_uv=False).sum())
-
-
-def _root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
-
-
-def _checked(features: np.ndarray) -> np.ndarray:
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all():
-        raise ValueError(f"features must be finite and (n, d) with n of at least 2, got {features.shape}")
-    return features
-
-
-def kid(real: np.ndarray, other: np.ndarray, *, seed: int) -> tuple[float, float]:
-    """Unbiased squared MMD of the kernel (x'y / d + 1)³ (Bińkowski et al. 2018), and its standard error.
-
-    It may be negative; 0 is no difference. The error is the spread over random subsets of half the smaller set (at
-    most 1000), scaled to the size of the sets; NaN for fewer than 4 samples.
-    """
-    a, b = _checked(real), _checked(other)
-    kernels = [(x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b))]
-    n = min(len(a), len(b))
-    size, value = min(KID_SUBSET_SIZE, n // 2), _mmd(*kernels)
-    if size < 2:
-        return value, float("nan")
-    rng, values = np.random.default_rng((seed, len(a), len(b))), []
-    for _ in range(KID_SUBSETS):
-        i, j = rng.choice(len(a), size, replace=False), rng.choice(len(b), size, replace=False)
-        values.append(_mmd(*(k[np.ix_(p, q)] for k, (p, q) in zip(kernels, ((i, i), (j, j), (i, j)), strict=True))))
-    return value, float(np.std(values, ddof=1) * np.sqrt(size / n))
-
-
-def _mmd(aa: np.ndarray, bb: np.ndarray, ab: np.ndarray) -> float:
-    n, m = ab.shape
-    within = (aa.sum() - np.trace(aa)) / (n * (n - 1)) + (bb.sum() - np.trace(bb)) / (m * (m - 1))
-    return float(within - 2 * ab.mean())
-
-
 def compare_sets(real: np.ndarray, other: np.ndarray, patients: tuple, *, seed: int, resamples: int) -> dict:
     """fid with a bootstrap interval over patients, kid and kid_se of two feature sets (n, d) and (m, d).
 
-    patients: the id of each row of both sets. The interval is fid ± 1.96 SD of the resampled values: percentiles would
-    not do, because a resample repeats patients and so lies above the value it is drawn for.
+    patients: the id of each row of both sets.
     """
     value, (mmd, error) = fid(real, other), kid(real, other, seed=seed)
     rng, draws = np.random.default_rng((seed, 1)), []
     for _ in range(resamples):
         rows = [_resample(np.asarray(ids), rng) for ids in patients]
         draws.append(fid(real[rows[0]], other[rows[1]]))
-    half = 1.96 * float(np.std(draws, ddof=1)) if resamples > 1 else None
-    interval = None if half is None else [max(0.0, value - half), value + half]
-    return {"fid": value, "fid_ci95": interval, "kid": mmd, "kid_se": None if np.isnan(error) else error,
-            "n_real": len(real), "n_other": len(other)}  # fmt: skip
+    return {"fid": value, "fid_ci95": normal_interval(value, draws), "kid": mmd,
+            "kid_se": None if np.isnan(error) else error, "n_real": len(real), "n_other": len(other)}  # fmt: skip
 
 
 def _resample(patients: np.ndarray, rng: np.random.Generator) -> np.ndarray:

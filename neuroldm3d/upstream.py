@@ -694,7 +694,7 @@ def _run_learning_rates(config: dict, inputs: dict) -> dict:
 
 
 def _run_fid(config: dict, inputs: dict) -> dict:
-    from neuroldm3d.diffusion.fid import FeatureStats, frechet_distance
+    from common.fid import FeatureStats, frechet_distance
 
     out = {}
     for i in range(sum(name.startswith("real_") for name in inputs)):

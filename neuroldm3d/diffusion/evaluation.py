@@ -19,6 +19,7 @@ import numpy as np
 from common import figures, runtime, training
 from common.checkpoint import replacing
 from common.cli import UserError
+from common.fid import normal_interval
 from common.runlog import git_revision, progress, write_json
 from neuroldm3d import dataset
 from neuroldm3d.dataset import CLASSES, Row
@@ -291,7 +292,7 @@ def summary_of(rows: list[dict]) -> dict:
             means = {m: float(np.mean([row[name][m] for row in rows])) for m in MEASURES}
             found = {m: value if math.isfinite(value) else None for m, value in means.items()}  # JSON knows no NaN
             resampled = np.mean([row[name]["fid_resampled"] for row in rows], axis=0)
-            result[name] = found | {"fid_ci95": fid.bootstrap_interval(found["fid"], resampled)}
+            result[name] = found | {"fid_ci95": normal_interval(found["fid"], resampled)}
     if "baseline" in result:
         result["fid_above_baseline"] = result["synthetic"]["fid"] - result["baseline"]["fid"]
     return result
