@@ -458,20 +458,25 @@ class TestScript:
         assert other.returncode == 2 and "--overwrite" in other.stderr
 
     @pytest.mark.slow
-    def test_killed_at_any_moment(self, small, tmp_path):
-        """kill -9, then the same command: codes, volume and log are those of a run that was left alone."""
-        long = [*small, "--subject_id", "one", "--frame", 0, "--iterations", 60, "--patience", 0, "--save_every", 7]
+    @pytest.mark.parametrize("frames, killed", [(["--frame", 0], "frame_000"), (["--sweeps", 1], "frame_001/sweep_0")])
+    def test_killed_at_any_moment(self, small, tmp_path, frames, killed):
+        """kill -9, then the same command: codes, volume and log are as of a run left alone; a frame, a whole cine."""
+        long = [*small, "--subject_id", "one", *frames, "--iterations", 60, "--patience", 0, "--save_every", 7]
         assert run_script([*long, "--out", tmp_path / "whole"]).returncode == 0
-        log = tmp_path / "cut" / "one" / "frame_000" / "log.jsonl"
+        log = tmp_path / "cut" / "one" / killed / "log.jsonl"
         done = kill_and_resume([*long, "--out", tmp_path / "cut"], lambda kill: reached(log, 20)())
         assert done.returncode == 0, done.stderr
-        whole, cut = (tmp_path / name / "one" / "frame_000" for name in ("whole", "cut"))
-        assert_same_tensors(whole / "codes.ckpt", cut / "codes.ckpt")
-        for name in ("volume", "decoded", "seed"):
-            assert (whole / f"{name}.nii.gz").read_bytes() == (cut / f"{name}.nii.gz").read_bytes()
-        rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
-                 for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, cut)]  # fmt: skip
+        whole, cut = (tmp_path / name / "one" for name in ("whole", "cut"))
+        assert_same_tensors(whole / killed / "codes.ckpt", cut / killed / "codes.ckpt")
+        images = sorted(path.relative_to(whole) for path in whole.glob("**/*.nii.gz"))
+        assert len(images) == (3 if "--frame" in frames else 7)
+        for image in images:
+            assert (whole / image).read_bytes() == (cut / image).read_bytes(), image
+        logs = [(folder / killed / "log.jsonl").read_text().splitlines() for folder in (whole, cut)]
+        rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines] for lines in logs]
         assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(1, 61))
+        shares = [json.loads(path.read_text())["shares"] for path in sorted(cut.glob("frame_*/report.json"))]
+        assert all(share == shares[0] for share in shares)  # one mixture for a cine
 
     @pytest.mark.slow
     @pytest.mark.parametrize("more", [("--temporal_weight", 0, "--subject_id", "one"), ("--sweeps", 1)])
