@@ -62,7 +62,7 @@ class Intensity:
         for name, known in (("normalisation", NORMALISATIONS), ("statistics", STATISTICS)):
             if getattr(self, name) not in known:
                 raise UserError(f"intensity: {name} {getattr(self, name)!r} is not one of {', '.join(known)}")
-        if len(self.ctp_window) != 2 or not self.ctp_window[0] < self.ctp_window[1]:
+        if len(self.ctp_window) != 2 or not -math.inf < self.ctp_window[0] < self.ctp_window[1] < math.inf:
             raise UserError(f"intensity: CTP window {self.ctp_window}; two values in HU are needed, the lower first")
         missing = [m for m in MODALITIES if not {"low", "high", "mean", "sd"} <= set(self.stats.get(m, {}))]
         if missing:

@@ -205,8 +205,11 @@ def check_settings(settings: Settings, model: LatentModel) -> None:
     """UserError for settings that this model cannot sample with."""
     if settings.n_samples < 1:
         raise UserError(f"--n_samples {settings.n_samples}: must be at least 1")
+    if settings.overlap < -1:
+        raise UserError(f"--overlap {settings.overlap}: 0 or more slices, or -1 for half of the network's")
     if settings.spacing_mm and (len(settings.spacing_mm) != 3 or min(settings.spacing_mm) <= 0):
         raise UserError(f"--spacing_mm {settings.spacing_mm}: give three positive numbers, or none")
+    raw.check_spacing(settings.spacing_mm)
     if model.slices and settings.slice_noise == "shared":
         raise UserError("--slice_noise shared: a volume model is trained on noise of its own in every slice; it is for "
                         "2D models")  # fmt: skip
@@ -358,6 +361,8 @@ def claim_folder(out: Path, settings: dict, names: list[str], overwrite: bool, r
     path, remedy = out / RECORD, "delete the folder or name another --outdir"
     old = training.read_record(path, ("settings", "cases"), remedy) if path.is_file() else {"settings": {}, "cases": []}
     before = old["settings"]
+    if not any((out / name).is_dir() for name in old["cases"]):
+        before = {}  # a run that stopped before its first case
     changed = [f"{key} {before.get(key)} -> {settings.get(key)}" for key in sorted({*before, *settings})
                if before and before.get(key) != settings.get(key)]  # fmt: skip
     if changed and not overwrite:
@@ -429,6 +434,8 @@ def sample_folder(
     """
     check_settings(settings, model)
     names = [name for name, _ in cases]
+    if odd := [name for name in names if name != Path(name).name or name in ("", "..")]:
+        raise UserError(f"case {odd[0]!r} cannot be the name of a folder: give another with --case")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two cases are called {twice}; outputs are named after cases: rename one")

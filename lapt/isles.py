@@ -76,7 +76,7 @@ def subjects(root: Path) -> list[str]:
 def choose(files: list[Path], globs: tuple[str, ...], root: Path, subject: str) -> Path | None:
     """The best of the files of a subject: in the space of the CT, then in derivatives/, then the first by name."""
     own = [path for path in files if subject in path.relative_to(root).parts]
-    own = [path for path in own if any(fnmatch(path.name, glob.format(subject=subject)) for glob in globs)]
+    own = [path for path in own if any(fnmatch(path.name, glob.replace("{subject}", subject)) for glob in globs)]
 
     def rank(path):
         return in_ct_space(path), "derivatives" in path.relative_to(root).parts

@@ -41,6 +41,7 @@ from common.cli import CommonOptions, UserError, option
 
 HERE = Path(__file__).resolve().parent
 SHAPE, FOV_MM = (192, 224, 32), (192.0, 192.0, 128.0)  # the paper's grid is 1 x 1 x 4 mm
+LEAST_MM = 80.0
 FREE_EVERY = 6  # every sixth case is lesion-free
 CORE, PENUMBRA = 1, 2  # codes of the label maps
 CORE_ML, MISMATCH = (4.0, 80.0), (1.0, 2.5)  # volume of the core (log-uniform), penumbra relative to it
@@ -389,6 +390,10 @@ def check(options: Options) -> None:
         raise UserError(f"--shape {options.shape}: 16 to 256 voxels in-plane, 4 to 256 slices")
     if any(not 0 <= v <= 40 for v in options.voxel):
         raise UserError(f"--voxel {options.voxel}: 0 to 40 mm")
+    width_mm = [n * v for n, v in zip(options.shape, grid_mm(options.shape, options.voxel), strict=True)]
+    if min(width_mm) < LEAST_MM:
+        raise UserError(f"--shape and --voxel make a grid of {' x '.join(f'{w:g}' for w in width_mm)} mm, which misses "
+                        f"most of a head: {LEAST_MM:g} mm along every axis at least")  # fmt: skip
     if not 0 < options.n_cases < 10_000 or options.seed < 0:
         raise UserError(f"--n_cases {options.n_cases}, --seed {options.seed}: 1 to 9999 cases, seeds from 0")
     if not 2 <= options.time_points <= 200 or not 0 < options.frame_s <= 60 or not 0 <= options.noise < np.inf:

@@ -13,6 +13,7 @@ on --num_workers nor on the order of files. A 192 x 224 x 32 x 15 case takes som
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import shutil
 import sys
@@ -216,14 +217,17 @@ def write_report(path: Path, bad: list[tuple[str, str]]) -> None:
 
 def check(options: Options) -> None:
     """UserError for options that no data can mend."""
+    from lapt import raw
+
     if options.time_points < 0 or options.frame_s < 0 or options.min_brain_mm2 < 0:
         raise UserError("--time_points, --frame_s and --min_brain_mm2 are 0 or more")
     if options.frame_s and not (options.resample_time and options.time_points):
         raise UserError("--frame_s needs --resample_time and --time_points: the number of frames at this distance")
     if min(options.spacing_mm) < 0 or min(options.shape) < 0:
         raise UserError(f"--spacing_mm {options.spacing_mm}, --shape {options.shape}: 0 or more")
-    if not options.ctp_window[0] < options.ctp_window[1]:
-        raise UserError(f"--ctp_window {options.ctp_window}: the lower value first")
+    raw.check_spacing(options.spacing_mm)
+    if not -math.inf < options.ctp_window[0] < options.ctp_window[1] < math.inf:
+        raise UserError(f"--ctp_window {options.ctp_window}: the lower value first, both finite")
     if options.splits and options.one_split:
         raise UserError("--splits and --one_split exclude each other")
     there = [name for name in OURS if (Path(options.output_dir) / name).exists()]

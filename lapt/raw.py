@@ -28,6 +28,7 @@ SAME_MM = 0.1  # grids whose voxels lie closer are the same
 ADC_UNITS = ((1e2, 5e3, 1.0), (1e-1, 5.0, 1e3), (1e-4, 5e-3, 1e6))  # range of the brain's median; factor to 1e-6 mm^2/s
 REST_HU = (-20.0, 150.0)  # of the brain's median in the first frame
 COVERED = 0.5  # share of the brain that DWI and ADC must reach
+FINEST_MM, COARSEST_MM = 0.2, 40.0  # of a common grid
 BONE_HU = 150.0  # thin bone of the temples is fainter in thick slices than bone elsewhere
 
 
@@ -118,10 +119,10 @@ def read_table(path: str | Path) -> list[Source]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            rows = list(reader)
+            columns, rows = reader.fieldnames or (), list(reader)
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no CSV table in UTF-8 ({error}); give one with the columns case, ctp") from error
-    absent = [column for column in ("case", "ctp") if column not in (reader.fieldnames or ())]
+    absent = [column for column in ("case", "ctp") if column not in columns]
     if absent or not rows:
         raise UserError(f"{path} has no {'column ' + ', '.join(absent) if absent else 'rows'}; add it: case, patient, "
                         f"{', '.join(IMAGES)}")  # fmt: skip
@@ -316,6 +317,12 @@ def mask_from_ct(ctp: nifti.Volume, spacing_mm: np.ndarray) -> np.ndarray:
 
 
 # ---- common grid ----------------------------------------------------------------------------------------------------
+
+
+def check_spacing(spacing_mm) -> None:
+    """UserError for voxels (0: the case's own) that no head scan has, whose grids would fill any memory."""
+    if any(s and not FINEST_MM <= s <= COARSEST_MM for s in spacing_mm):
+        raise UserError(f"--spacing_mm {tuple(spacing_mm)}: voxels of {FINEST_MM:g} to {COARSEST_MM:g} mm")
 
 
 def to_common_grid(study: Study, rules: Rules, path: Path) -> Study:

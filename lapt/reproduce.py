@@ -30,6 +30,7 @@ from lapt.config import CONFIGS, PRESETS
 HERE = Path(__file__).resolve().parent
 BRAIN_MARGIN = 0.02  # (b3) how much worse the whole brain may get, relative to continuation
 FLOOR_SHARE = 0.5  # (a2) of the LDM's lesion error
+ANY_TIME = ("out", "preset", "device", "num_workers", "jobs")  # options that change no result
 # What the short training of the LDM needs. Brain tissue fills the CTP window (of 0 to 200 HU, the original's, it is a
 # tenth). And v instead of noise: at the last step an error of the predicted noise counts 84 times in the estimate of
 # z_0; after 2,400 steps samples of a noise model, which begin there, had no lesions at all.
@@ -91,6 +92,7 @@ def main() -> None:
         if rt.world_size > 1:
             raise UserError("reproduce.py runs in one process; the stages' own scripts are what torchrun spreads")
         started, revision = time.time(), git_revision()
+        claim_study(options)
         make_cohort(options)
         train_stages(options, rt)
         folders = run_arms(options)
@@ -104,6 +106,22 @@ def main() -> None:
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
+
+
+def claim_study(options: Options) -> None:
+    """Write OUT/options.json; UserError if a study of other options is there: results.json would tell what was not."""
+    from common import training
+    from common.runlog import write_json
+
+    path = Path(options.out) / "options.json"
+    now = {name: value for name, value in cli.to_dict(options).items() if name not in ANY_TIME}
+    if path.is_file():
+        before = training.read_record(path, (), "delete the folder or name another --out")
+        changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in sorted({*before, *now})
+                   if before.get(name) != now.get(name)]  # fmt: skip
+        if changed:
+            raise UserError(f"{options.out} holds a study of other options ({'; '.join(changed)}): name another --out")
+    write_json(path, now)
 
 
 def make_cohort(options: Options) -> Path:

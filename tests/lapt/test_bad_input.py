@@ -117,7 +117,7 @@ def test_folders_and_tables(raw_cases, tmp_path):
         with pytest.raises(UserError, match=message):
             run_main(preprocessing, *options, "--output_dir", tmp_path / "out", "--num_workers", 1)
     table = tmp_path / "cases.csv"
-    for text, message in (("id,ctp\na,b\n", "no column case"), ("case,ctp\n", "no rows"),
+    for text, message in (("", "no column case, ctp"), ("id,ctp\na,b\n", "no column case"), ("case,ctp\n", "no rows"),
                           ("case,ctp\n,x.nii.gz\n", "row 2 has case ''"), ("case,ctp\na/b,x\n", "row 2 has case 'a/b'"),
                           ("case,ctp\na,x\na,y\n", "case a has several rows"),
                           ("case,ctp,mask\na,x.nii.gz,m.nii.gz\n", "a: file not found, .*x.nii.gz")):  # fmt: skip
@@ -129,6 +129,7 @@ def test_folders_and_tables(raw_cases, tmp_path):
 
 def test_options(raw_cases, tmp_path):
     for options, message in ((("--frame_s", 2), "--frame_s needs"), (("--ctp_window", 9, 1), "the lower value first"),
+                             (("--ctp_window", 0, "inf"), "both finite"), (("--spacing_mm", 1, 1, 0.001), "0.2 to 40"),
                              (("--time_points", -1), "0 or more"), (("--shape", -1, 0, 0), "0 or more"),
                              (("--splits", "x", "--one_split", "train"), "exclude each other"),
                              (("--val_size", 0.9), "together below 1")):  # fmt: skip

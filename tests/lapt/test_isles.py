@@ -76,6 +76,7 @@ def test_refusals(study, tmp_path):
                              (("--root", tmp_path / "absent"), "--root .*absent"),
                              (("--root", study / "raw_data/sub-stroke0001"), "no folders sub-"),
                              (("--root", study / "raw_data", "--out", tmp_path / "x.csv"), "none of its subjects"),
+                             (("--root", study, "--out", tmp_path / "x.csv", "--ctp", "{foo}*{"), r"\{foo\}\*\{"),
                              ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             run_main(isles, *options)

@@ -247,6 +247,7 @@ def test_refusals(tmp_path):
         run_main(make_phantom, "--out", tmp_path, *TINY)
     for options, message in ((("--n_cases", 0), "--n_cases 0"), (("--seed", -1), "--seed -1"),
                              (("--shape", 8, 28, 24), "16 to 256"), (("--voxel", -1, 1, 1), "--voxel"),
+                             (("--voxel", 0, 0, 0.5), "misses most of a head: 80 mm"),
                              (("--time_points", 1), "--time_points 1"), (("--defects", "--n_cases", 3), "needs 10"),
                              (("--lesion_masks", tmp_path / "empty"), "no NIfTI file")):  # fmt: skip
         with pytest.raises(UserError, match=message):

@@ -480,6 +480,19 @@ def test_bad_input_is_one_line_and_leaves_no_case(exported, tmp_path, spoil, mes
     assert not (tmp_path / "out" / "p").exists()
 
 
+def test_a_folder_without_any_sample_takes_other_settings(exported, tmp_path):
+    """A run that stopped at its first input has claimed nothing."""
+    made = study("p")
+    write_study(tmp_path / "p", made)
+    whole = (tmp_path / "p" / "ctp.nii.gz").read_bytes()
+    spoil_truncated(tmp_path / "p", made)
+    with pytest.raises(UserError, match="truncated"):
+        sample_one(exported, tmp_path / "p", tmp_path / "out")
+    (tmp_path / "p" / "ctp.nii.gz").write_bytes(whole)
+    sample_one(exported, tmp_path / "p", tmp_path / "out", "--seed", 5)
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["settings"]["seed"] == 5
+
+
 def test_missing_files_and_impossible_settings(exported, studies, tmp_path, capsys):
     base = ("-r", exported, "--outdir", tmp_path / "out", *CPU)
     shutil.rmtree(studies / "p2")
@@ -497,6 +510,13 @@ def test_missing_files_and_impossible_settings(exported, studies, tmp_path, caps
         run_main(*base, *one, "-n", 0)
     with pytest.raises(UserError, match="spacing_mm .*three positive numbers"):
         run_main(*base, *one, "--spacing_mm", 4, 4)
+    with pytest.raises(UserError, match="spacing_mm .*0.2 to 40 mm"):
+        run_main(*base, *one, "--spacing_mm", 0.001, 4, 4)
+    with pytest.raises(UserError, match="--overlap -3"):
+        run_main(*base, *one, "--overlap", -3)
+    for name in ("../p", "a/b", ".."):  # files would be written beside --outdir
+        with pytest.raises(UserError, match="cannot be the name of a folder.*--case"):
+            run_main(*base, *one, "--case", name)
     assert not (tmp_path / "out").exists()
     for words, message in ((("--ctp", "x.nii.gz"), "--ctp and --mask belong together"), ((), "name a trained model")):
         with pytest.raises(SystemExit) as left:
