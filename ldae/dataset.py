@@ -7,6 +7,7 @@ may be missing or blank. Sessions are months ("M006", "ses-M006", "6", "bl"), el
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -54,6 +55,20 @@ class Row:
 def stem(path: str | Path) -> str:
     """File name without .nii, .nii.gz."""
     return re.sub(r"\.nii(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
+
+
+def file_hash(path: Path) -> str:
+    """Sixteen hex digits of a file's content; UserError if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); correct the path") from error
+
+
+def fingerprint(rows: list[Row]) -> str:
+    """Sixteen hex digits of the names and files of these scans, in their order."""
+    text = "\n".join(f"{row.scan} {file_hash(row.path)}" for row in rows)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def class_index(classes) -> dict[str, int]:

@@ -57,12 +57,12 @@ def select_rows(options, ldae: model.LDAE, scans=()) -> list[dataset.Row]:
     return rows[: options.max_scans or None]
 
 
-def rows_of_files(paths) -> list[dataset.Row]:
+def rows_of_files(paths, option: str = "--input") -> list[dataset.Row]:
     """Rows of plain NIfTI files, named by their stems; UserError for a missing file or a name that occurs twice."""
     rows = []
     for index, path in enumerate(map(Path, paths)):
         if not path.is_file():
-            raise UserError(f"no file {path}; correct --input")
+            raise UserError(f"no file {path}; correct {option}")
         name = dataset.stem(path)
         name = dataset.scan_name(name, None, path)
         if name in {row.scan for row in rows}:
@@ -159,11 +159,14 @@ def manipulate(
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def claim_folder(out: Path, settings: dict, files: list[str], overwrite: bool, rt: runtime.Runtime) -> None:
+def claim_folder(
+    out: Path, settings: dict, files: list[str], overwrite: bool, rt: runtime.Runtime, inputs: dict | None = None
+) -> None:
     """Enter these outputs (names without suffix) in OUT/generate.json.
 
-    UserError if OUT holds outputs of other settings, or files of these names that are not ours. With `overwrite` the
-    outputs of other settings are removed first: those that the old record names, and nothing else.
+    inputs: {output: {entry of its sidecar: the file whose hash it is}}, because other scans may have the same name.
+    UserError if OUT holds outputs of other settings or other inputs, or files of these names that are not ours. With
+    `overwrite` these outputs are removed first: those that the old record names, and nothing else.
     """
     path = out / RECORD
     remedy = "delete the folder or name another --output_dir"
@@ -177,9 +180,14 @@ def claim_folder(out: Path, settings: dict, files: list[str], overwrite: bool, r
     for name in set(files) - set(old["files"]):
         if volume_path(out, name).exists():
             raise UserError(f"{volume_path(out, name)} was not written by generate.py; name another --output_dir")
+    others = [] if changed else [name for name in inputs or {} if is_of_other_input(out, name, inputs[name])]
+    if others and not overwrite:
+        named = ", ".join(map(str, inputs[others[0]].values()))
+        raise UserError(f"{volume_path(out, others[0])} was made of another scan than {named}; name another "
+                        "--output_dir, or add --overwrite")  # fmt: skip
     rt.barrier()  # every rank has judged the folder before rank 0 changes it
     if rt.is_main:
-        for name in old["files"] if changed else ():
+        for name in old["files"] if changed else others:
             for file in (volume_path(out, name), out / f"{name}.json", out / f"{name}.png"):
                 file.unlink(missing_ok=True)
         kept = [] if changed else old["files"]
@@ -194,6 +202,14 @@ def volume_path(out: Path, name: str) -> Path:
 def is_finished(out: Path, name: str) -> bool:
     """Whether an output is complete: its sidecar is written last."""
     return volume_path(out, name).is_file() and (out / f"{name}.json").is_file()
+
+
+def is_of_other_input(out: Path, name: str, files: dict[str, Path]) -> bool:
+    """Whether an output is complete and its sidecar has another hash of one of these {entry: file}."""
+    if not is_finished(out, name):
+        return False
+    record = training.read_record(out / f"{name}.json", (), "delete the folder or name another --output_dir")
+    return any(record.get(entry) != dataset.file_hash(file) for entry, file in files.items())
 
 
 def save_output(

@@ -140,6 +140,7 @@ class Manipulate(InputOptions):
 
     mode: ClassVar[str] = "manipulate"
     direction: str = option("", "direction of train_manipulation.py, such as probes/diagnosis_AD_vs_CN (also below ROOT)", group="manipulate")
+    keep: tuple[str, ...] = option((), "directions whose predictions the edits leave where they are, such as probes/age", group="manipulate")
     amounts: tuple[float, ...] = option((-4.0, -2.0, 2.0, 4.0), "sizes of the edits; positive raises the probability (or age)", group="manipulate")
     unit: str = option("", "unit of --amounts; empty: logit for classes, years for age; upstream: the original's scale", choices=("", "logit", "sd", "years", "upstream"), group="manipulate")
     target_probability: float = option(0.0, "also the edit that just reaches this probability; 0: none", group="manipulate")
@@ -166,7 +167,7 @@ class Synthesize(ModelOptions):
     n: int = option(8, "volumes; a larger number later adds to them", group="synthesize")
     code_prior: str = option("", "prior over codes; empty: ROOT/runs/code_prior/checkpoints/best.ckpt", group="paths")
     code_steps: int = option(50, "steps of the prior over codes", group="sampling")
-    like: str = option("", "prepared or registered scan whose affine the outputs get; empty: centred at 0 mm", group="output")
+    like: str = option("", "scan in whose place the outputs lie, on the grid it would be prepared to; empty: centred at 0 mm", group="output")
     output_dir: str = option("", "output folder; empty: ROOT/generated/synthesize", group="output")
 
     def __post_init__(self):

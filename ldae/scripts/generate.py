@@ -6,6 +6,7 @@
     python ldae/scripts/generate.py interpolate --scans sub-0001_M000 sub-0001_M012 --alphas 0 0.5 1
     python ldae/scripts/generate.py interpolate --subject sub-0001 --sessions 0 12
     python ldae/scripts/generate.py manipulate --direction probes/diagnosis_AD_vs_CN --amounts -4 -2 2 4
+    python ldae/scripts/generate.py manipulate --direction probes/diagnosis_AD_vs_CN --keep probes/age probes/sex_F_vs_M
     python ldae/scripts/generate.py manipulate --direction probes/age --unit years --amounts -10 10
     python ldae/scripts/generate.py synthesize --n 8                                # nobody: y from its own prior
 
@@ -29,6 +30,7 @@ from common import cli
 from common.cli import UserError
 from ldae.scripts.config import MODES, PRESETS, InputOptions, Interpolate, Manipulate, Reconstruct, Synthesize, Vary
 
+INPUT_HASHES = ("input_hash", "second_input_hash")  # entries of a sidecar
 WHAT = {"aekl": "autoencoder alone", "y_only": "y only, fixed noise", "encoded": "y and encoded z_T"}
 
 
@@ -85,10 +87,11 @@ class Work:
             return generation.rows_of_files(self.options.input)
         return generation.select_rows(self.options, self.ldae, self.options.scans)
 
-    def units(self, files: dict[str, object], what: str, reports=(), **settings):
+    def units(self, files: dict[str, object], what: str, rows=None, reports=(), **settings):
         """Claims {output name: its unit} and yields (unit, names that are missing) of this rank's units.
 
-        reports: names of further JSON and PNG files, which go when their settings are replaced.
+        rows: {unit: the scans that it is made of}. reports: names of further JSON and PNG files, which go when their
+        settings are replaced.
         """
         from common.runlog import progress
         from ldae import generation
@@ -96,7 +99,9 @@ class Work:
         shared = ("mode", "steps", "sampler", "seed", "precision", "grid")
         self.settings = {name: getattr(self.options, name) for name in shared if hasattr(self.options, name)} | settings
         record, written = self.about | self.settings, [*files, *reports]
-        generation.claim_folder(self.out, record, written, self.options.overwrite, self.rt)
+        inputs = {name: dict(zip(INPUT_HASHES, (row.path for row in rows[unit]), strict=False))
+                  for name, unit in files.items()} if rows else {}  # fmt: skip
+        generation.claim_folder(self.out, record, written, self.options.overwrite, self.rt, inputs)
         todo = {}
         for name, unit in files.items():
             if not generation.is_finished(self.out, name):
@@ -115,14 +120,14 @@ class Work:
 
     def save(self, name, x, record, *, row=None, affine=None, compare=None):
         """Write one output; with `row` on the grid of that scan if --grid says so."""
-        from ldae import generation, latents
+        from ldae import dataset, generation
 
         native = None
         if row is not None:
             affine = self.volumes.affine(row)
             native = self.volumes.native(row) if self.options.grid == "native" else None
-            digest = latents.bytes_hash(row.path.read_bytes())
-            record = {"scan": row.scan, "input": row.path.name, "input_hash": digest} | record
+            about = {"scan": row.scan, "input": row.path.name, INPUT_HASHES[0]: dataset.file_hash(row.path)}
+            record = about | record
         generation.save_output(self.out, name, x, self.about | self.settings | record, self.ldae.preparation,
                                affine=affine, native=native, compare=compare)  # fmt: skip
         self.written += 1
@@ -133,7 +138,7 @@ def reconstruct(options: Reconstruct, work: Work) -> list[str]:
 
     rows = {row.scan: row for row in work.rows()}
     files = {f"{scan}_{kind}": scan for scan in rows for kind in options.kinds}
-    for scan, names in work.units(files, "reconstruct"):
+    for scan, names in work.units(files, "reconstruct", {scan: [row] for scan, row in rows.items()}):
         kinds = [name.removeprefix(f"{scan}_") for name in names]
         codes = work.encode(rows[scan], z_T="encoded" in kinds)
         made = generation.reconstruct(work.ldae, codes, scan, kinds, options.seed, options.steps, options.sampler)
@@ -152,7 +157,7 @@ def vary(options: Vary, work: Work) -> list[str]:
 
     rows = {row.scan: row for row in work.rows()}
     files = {f"{scan}_vary_{number:03d}": scan for scan in rows for number in range(options.n)}
-    for scan, names in work.units(files, "vary"):
+    for scan, names in work.units(files, "vary", {scan: [row] for scan, row in rows.items()}):
         codes, target = work.encode(rows[scan], z_T=False), work.volumes.load(rows[scan])
         numbers = [int(name.rpartition("_")[2]) for name in names]
         made = generation.vary(work.ldae, codes, scan, numbers, options.seed, options.steps, options.sampler,
@@ -166,20 +171,21 @@ def vary(options: Vary, work: Work) -> list[str]:
 
 
 def interpolate(options: Interpolate, work: Work) -> list[str]:
-    from ldae import generation
+    from ldae import dataset, generation
 
     first, second = two_sessions(options) if options.subject else work.rows()
     pair = f"{first.scan}_to_{second.scan}"
     alphas = {f"{pair}_{alpha:g}": alpha for alpha in options.alphas}
     how = {"noise_path": options.noise_path, "mix": options.mix}
-    for _, names in work.units(dict.fromkeys(alphas, pair), "interpolate", **how):
+    for _, names in work.units(dict.fromkeys(alphas, pair), "interpolate", {pair: (first, second)}, **how):
         codes = [work.encode(row) for row in (first, second)]
         made = generation.interpolate(work.ldae, *codes, [alphas[name] for name in names], options.steps,
                                       batch=options.batch_size, **how)  # fmt: skip
         ends = {row.scan: work.volumes.load(row) for row in (first, second)}
         for name, (alpha, x) in zip(names, made, strict=True):
             record = {"what": f"alpha {alpha:g}", "alpha": alpha, "second_scan": second.scan,
-                      "second_input": second.path.name, "grid_of": first.scan}  # fmt: skip
+                      "second_input": second.path.name, INPUT_HASHES[1]: dataset.file_hash(second.path),
+                      "grid_of": first.scan}  # fmt: skip
             work.save(name, x, record, row=first, compare=ends)
     return list(alphas)
 
@@ -205,10 +211,9 @@ def manipulate(options: Manipulate, work: Work) -> list[str]:
 
     from ldae import generation, manipulation
 
-    path = Path(options.direction)
-    below = Path(options.root) / path
-    direction = manipulation.Direction.load(below if manipulation.npz_path(below).is_file() else path)
-    direction.check_encoder(work.ldae.hash)
+    direction, *kept = (load_direction(name, options, work) for name in (options.direction, *options.keep))
+    if kept:
+        direction = direction.without(*kept)
     unit = options.unit or direction.unit
     direction.convert(1.0, unit, "sd")  # says so now if the direction has no such unit
     if options.target_probability and direction.kind != "binary" or options.target_age and direction.kind == "binary":
@@ -224,7 +229,8 @@ def manipulate(options: Manipulate, work: Work) -> list[str]:
     settings = {"direction": direction.name, "probe_codes": direction.codes, "unit": unit,
                 "amounts": list(options.amounts), "target": target, "labels": Path(options.labels).name}  # fmt: skip
     reports = [f"{stem}_report" for stem in stems.values()]
-    for scan, _ in work.units(files, "manipulate", reports, **settings):
+    inputs = {scan: [row] for scan, row in rows.items()}
+    for scan, _ in work.units(files, "manipulate", inputs, reports, **settings):
         row, stem = rows[scan], stems[scan]
         codes = work.encode(row)
         y = codes.y[0].cpu()
@@ -249,6 +255,16 @@ def manipulate(options: Manipulate, work: Work) -> list[str]:
             record = {"what": dose, "edit": entry, "unedited": report["original"]} | shared
             work.save(f"{stem}_{dose}", x, record, row=row, compare=compare)
     return list(files)
+
+
+def load_direction(name: str, options: Manipulate, work: Work):
+    """The direction of a file NAME, below ROOT or as it stands; UserError if it is of codes of another model."""
+    from ldae import manipulation
+
+    below = Path(options.root) / name
+    direction = manipulation.Direction.load(below if manipulation.npz_path(below).is_file() else Path(name))
+    direction.check_encoder(work.ldae.hash)
+    return direction
 
 
 def to_device(array, work: Work):
@@ -283,11 +299,13 @@ def label_map(options: Manipulate, work: Work, row) -> dict:
 def synthesize(options: Synthesize, work: Work) -> list[str]:
     import numpy as np
 
-    from common import nifti
-    from ldae import code_prior, generation
+    from ldae import code_prior, dataset, generation
 
     prior = code_prior.load_code_prior(Path(options.code_prior), work.rt, work.ldae)
-    affine = nifti.header(Path(options.like))[1] if options.like else generation.centred_affine(work.ldae.preparation)
+    affine = generation.centred_affine(work.ldae.preparation)
+    if options.like:  # where its prepared grid lies, not its own
+        (like,) = generation.rows_of_files([options.like], "--like")
+        affine = dataset.Volumes(work.ldae.preparation, None).affine(like)
     affine = np.asarray(affine, np.float64)
     files = {f"synthetic_{number:05d}": number for number in range(options.n)}
     settings = {"code_prior": prior.hash, "code_steps": options.code_steps, "affine": affine.tolist()}

@@ -83,12 +83,11 @@ def evaluate(options: InterpolationOptions, rt) -> dict | None:
 
 
 def key(months: dict, triples) -> str:
-    """Name of a subject's measurements: other sessions are other measurements."""
-    from ldae.latents import bytes_hash
+    """Name of a subject's measurements: other sessions, or other scans of them, are other measurements."""
+    from ldae.dataset import fingerprint
 
-    scans = "\n".join(row.scan for row in months.values())
-    name = next(iter(months.values())).scan.rpartition("_M")[0]
-    return f"{name}_{bytes_hash(scans.encode())[:8]}_{len(triples)}"
+    rows = list(months.values())
+    return f"{rows[0].scan.rpartition('_M')[0]}_{fingerprint(rows)}_{len(triples)}"
 
 
 def predictions(options, ldae, codes: dict, decoded: dict, triple) -> dict:

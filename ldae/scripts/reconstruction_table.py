@@ -52,7 +52,7 @@ def evaluate(options: TableOptions, rt) -> dict | None:
         "options": {name: getattr(options, name) for name in ("sampler", "seed", "precision", "preset", "lpips_net")},
         "lpips_weights": [latents.bytes_hash(Path(path).read_bytes()) for path in options.lpips_weights],
         "steps": list(options.table_steps), "rows": wanted, "part": options.part,
-        "scans": latents.bytes_hash("\n".join(row.scan for row in rows).encode()),
+        "scans": dataset.fingerprint(rows),
     }  # fmt: skip
     study = Study(options, ldae, rows, partners, wanted, dataset.Volumes(ldae.preparation, options.cache_folder))
     lpips = load_lpips(options, ldae.preparation.shape, rt)

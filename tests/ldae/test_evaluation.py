@@ -1,13 +1,14 @@
 """Metrics with pinned definitions, and the reconstruction table with its controls."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from common import metrics, runtime
+from common import metrics, nifti, runtime
 from common.cli import UserError
 from ldae import dataset, evaluation, generation, model
 from ldae.scripts import config, reconstruction_table
@@ -198,6 +199,19 @@ def test_the_table_continues_and_refuses_other_settings(cohort, tmp_path):
     with pytest.raises(UserError, match="results of other settings"):
         run(root, out, *args, "--seed", 4)
     assert run(root, out, *args, "--seed", 4, "--overwrite")["table"] != first["table"]
+
+
+def test_a_table_of_other_scans_is_refused(cohort, tmp_path):
+    """A scan that was prepared anew under its old name is another one."""
+    root, out = shutil.copytree(ready(cohort), tmp_path / "study"), tmp_path / "out"
+    args = "--max_scans", 1, "--rows", "y_only"
+    first = run(root, out, *args)["table"]
+    row = generation.select_rows(config.TableOptions(root=str(root), max_scans=1), stages.untrained_ldae())[0]
+    volume = nifti.load(row.path)
+    nifti.save(row.path, volume.data[::-1], volume.affine)
+    with pytest.raises(UserError, match=r"results of other settings \(scans\)"):
+        run(root, out, *args)
+    assert run(root, out, *args, "--overwrite")["table"] != first
 
 
 def test_lpips_by_path(cohort, tmp_path):

@@ -39,6 +39,7 @@ def ready(cohort):
     names = {"bias": 0.3, "positive": "AD", "negative": "CN"}
     manipulation.Direction(**shared, **names).save(root / "probes" / PROBE)
     names = {"bias": 74.0, "positive": "older", "negative": "younger", "kind": "regression", "target": "age"}
+    shared["weight"] = torch.randn(16, generator=g)
     manipulation.Direction(**shared, **names).save(root / "probes" / "age")
     settings = {"code_dim": 16, "width": 16, "layers": 2, "dropout": 0.0}
     mlp = code_prior.CodeMLP(**settings)
@@ -185,6 +186,25 @@ def test_manipulation_doses_and_probabilities(cohort, tmp_path):
     assert ages[1] - ages[0] == pytest.approx(10, abs=1e-3) and ages[2] == pytest.approx(80, abs=1e-3)
 
 
+def test_an_edit_can_leave_another_prediction_where_it_is(cohort, tmp_path):
+    """--keep: the code moves along a path that changes the diagnosis as asked and the predicted age not at all."""
+    root = ready(cohort)
+    words = "--scans", SCAN, "--direction", f"probes/{PROBE}", "--amounts", 3
+    plain = run(root, tmp_path / "plain", "manipulate", *words)
+    out = run(root, tmp_path / "out", "manipulate", *words, "--keep", "probes/age")
+    name = f"{PROBE}_orthogonal_to_age"
+    found, other = sidecar(out, f"{SCAN}_{name}_+3_logit"), sidecar(plain, f"{SCAN}_{PROBE}_+3_logit")
+    assert found["direction"] == name and found["edit"]["prediction"] == pytest.approx(other["edit"]["prediction"])
+    assert found["edit"]["l1"] != pytest.approx(other["edit"]["l1"], rel=1e-3)  # another way there
+    probe, age = (manipulation.Direction.load(root / "probes" / kind) for kind in (PROBE, "age"))
+    y = torch.zeros(1, 16)
+    kept = probe.without(age).edit(y, 3.0)
+    assert age.score(kept) == pytest.approx(age.score(y).item(), abs=1e-3)
+    assert age.score(probe.edit(y, 3.0)) != pytest.approx(age.score(y).item(), abs=1e-2)
+    with pytest.raises(UserError, match="no direction .*none"):
+        run(root, tmp_path / "x", "manipulate", *words, "--keep", "probes/none")
+
+
 def test_synthetic_scans(cohort, tmp_path):
     root = ready(cohort)
     out = run(root, tmp_path / "a", "synthesize", "--n", 2, "--sampler", "dpmpp_2m")
@@ -196,6 +216,18 @@ def test_synthetic_scans(cohort, tmp_path):
     assert len(more) == 3 and first.items() <= more.items()
     like = run(root, tmp_path / "b", "synthesize", "--n", 1, "--like", scan_path(root))
     assert np.allclose(volume(like, "synthetic_00000").affine, nifti.load(scan_path(root)).affine)
+    fine = nifti.resample(nifti.load(scan_path(root)), 4.0)  # another grid in the same place
+    nifti.save(tmp_path / "fine.nii.gz", fine.data, fine.affine)
+    like = run(root, tmp_path / "c", "synthesize", "--n", 1, "--like", tmp_path / "fine.nii.gz")
+    made = volume(like, "synthetic_00000")
+    assert np.allclose(made.spacing_mm, SPACING_MM) and made.shape == SHAPE  # a head of its own size
+
+    def middle(volume):
+        return volume.affine @ [*((np.array(volume.shape) - 1) / 2), 1]
+
+    assert np.abs(middle(made) - middle(fine)).max() <= SPACING_MM / 2
+    with pytest.raises(UserError, match="no file missing.nii.gz; correct --like"):
+        run(root, tmp_path / "d", "synthesize", "--like", "missing.nii.gz")
 
 
 # ---- continuing, refusing
@@ -219,6 +251,31 @@ def test_outputs_are_continued_and_never_silently_replaced(cohort, tmp_path):
     shutil.copy(out / f"{LATER}_y_only.nii.gz", tmp_path / f"{LATER}_y_only.nii.gz")
     with pytest.raises(UserError, match="was not written by generate.py"):
         run(root, tmp_path, "reconstruct", "--scans", LATER)
+
+
+def test_another_scan_of_the_same_name_is_not_taken_for_the_first(cohort, tmp_path):
+    """Outputs are named after their inputs: another file of that name is refused, and replaces with --overwrite."""
+    root, out = ready(cohort), tmp_path / "out"
+    for name, scan in (("a", SCAN), ("b", "sub-0005_M000")):
+        (tmp_path / name).mkdir()
+        shutil.copy(scan_path(root, scan), tmp_path / name / "t1.nii.gz")
+    a, b = (tmp_path / name / "t1.nii.gz" for name in "ab")
+    for mode, kinds in (("reconstruct", ["--kinds", "aekl"]), ("vary", ["--n", 1])):
+        run(root, out / mode, mode, "--input", a, *kinds)
+        first = outputs(out / mode)
+        with pytest.raises(UserError, match=r"was made of another scan than .*b/t1.nii.gz; name another --output_dir"):
+            run(root, out / mode, mode, "--input", b, *kinds)
+        assert outputs(out / mode) == first
+        run(root, out / mode, mode, "--input", b, *kinds, "--overwrite")
+        fresh = outputs(run(root, out / f"fresh {mode}", mode, "--input", b, *kinds))
+        assert outputs(out / mode) == fresh and fresh != first
+    shutil.copy(a, tmp_path / "c.nii.gz")
+    ends = "--alphas", 0.5, "--input", a, tmp_path / "c.nii.gz"
+    run(root, out / "i", "interpolate", *ends)
+    shutil.copy(b, tmp_path / "c.nii.gz")  # the second end is another scan now
+    with pytest.raises(UserError, match="was made of another scan"):
+        run(root, out / "i", "interpolate", *ends)
+    assert sidecar(out / "i", "t1_to_c_0.5")["second_input_hash"] == dataset.file_hash(a)
 
 
 def test_the_same_whatever_the_number_of_scans(cohort, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import metrics, runtime
+from common import metrics, nifti, runtime
 from common.cli import UserError
 from ldae import dataset, generation, interpolation, model
 from ldae.interpolation import Triple
@@ -178,6 +178,17 @@ def test_evaluation_continues_and_refuses_other_settings(cohort, tmp_path):
     with pytest.raises(UserError, match="results of other settings"):
         evaluate(root, out, "--noise_path", "lerp")
     assert evaluate(root, out, "--noise_path", "lerp", "--max_subjects", 1, "--overwrite")["n_subjects"] == 1
+
+
+def test_a_changed_scan_is_measured_again(cohort, tmp_path):
+    """What is on disk counts for the scans that it was made of, not for others of the same name."""
+    root, out = shutil.copytree(ready(cohort), tmp_path / "study"), tmp_path / "out"
+    first = evaluate(root, out, "--max_subjects", 1)["overall"]["copy_nearest"]["mse"]["mean"]
+    subject = table_of(out)[0]["subject"]
+    rows = [row for row in dataset.read_table(root / "data" / "dataset.csv") if row.subject == subject]
+    volume = nifti.load(rows[1].path)
+    nifti.save(rows[1].path, volume.data[::-1], volume.affine)
+    assert evaluate(root, out, "--max_subjects", 1)["overall"]["copy_nearest"]["mse"]["mean"] > 2 * first
 
 
 def test_missing_sessions_are_named_and_short_tables_work(cohort, tmp_path):
