@@ -133,8 +133,8 @@ def claim_folder(folder: Path, record: dict, overwrite: bool, rt: runtime.Runtim
     """Enter `record` as latents.json. UserError if the folder is another autoencoder's, holds latents of scans that
     `record` does not list, or a file that is not ours.
 
-    With `overwrite` the latents that the old record lists and that do not fit are removed first, and nothing else.
-    Statistics and hashes are written when the encoding is finished.
+    With `overwrite` the latents that the old record lists and that do not fit are removed first, and nothing else;
+    those of scans whose files have changed always. Statistics and hashes are written when the encoding is finished.
     """
     path = record_path(folder)
     old = training.read_record(path, KEYS, REMEDY) if path.is_file() else record | {"scans": {}}
@@ -143,6 +143,8 @@ def claim_folder(folder: Path, record: dict, overwrite: bool, rt: runtime.Runtim
         raise UserError(f"{folder} holds latents of another autoencoder ({old['aekl']}, not {record['aekl']}): add "
                         "--overwrite or name another --output_dir")  # fmt: skip
     dropped = [scan for scan in old["scans"] if scan not in record["scans"]]
+    stale = [scan for scan, entry in old["scans"].items()
+             if "source" in entry and entry["source"] != record["scans"].get(scan, entry)["source"]]  # fmt: skip
     if dropped and not overwrite:
         raise UserError(f"{folder} holds latents of {len(dropped)} scans that the table does not list, such as "
                         f"{dropped[0]}: add --overwrite to remove them, or name another --output_dir")  # fmt: skip
@@ -152,7 +154,7 @@ def claim_folder(folder: Path, record: dict, overwrite: bool, rt: runtime.Runtim
                             "--output_dir")  # fmt: skip
     rt.barrier()  # every rank has judged the folder before rank 0 changes it
     if rt.is_main:
-        for scan in old["scans"] if another else dropped:
+        for scan in old["scans"] if another else [*dropped, *stale]:
             latent_path(folder, scan).unlink(missing_ok=True)
         write_json(path, record)
     rt.barrier()

@@ -5,8 +5,8 @@
 
 Writes ROOT/latents/<scan>.npz, latents.json (autoencoder, preparation, split, hashes, mean and SD per channel) and
 <csv>_with_compressed_latent.csv, the table with the columns latent_path and split. Finished files of the same
-autoencoder are kept, those of another are refused. Seconds per volume on a GPU at 128x160x128, half a minute on a CPU.
-Under torchrun the scans are shared out.
+autoencoder and scan are kept, those of another autoencoder are refused. Seconds per volume on a GPU at 128x160x128,
+half a minute on a CPU. Under torchrun the scans are shared out.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ def save_latents(options: Options, rt) -> dict:
         rt.print(f"note: the autoencoder was trained with split {aekl.split_hash}, this one is {split.hash}; it may "
                  "know scans that are for testing here")  # fmt: skip
     volumes = dataset.Volumes(aekl.preparation, None if options.cache == "none" else options.cache)
+    sources = {row.scan: dataset.file_hash(row.path) for row in rt.shard(rows)}
+    sources = {scan: source for part in rt.gather(sources) for scan, source in part.items()}
     record = {
         "aekl": aekl.hash,
         "preparation": aekl.preparation.to_dict(),
@@ -85,8 +87,9 @@ def save_latents(options: Options, rt) -> dict:
         "split": split.hash,
         "table": Path(options.csv_path).name,
         "precision": options.precision,
-        "scans": {row.scan: {"split": split.of(row.subject), "hash": None} for row in rows},
-    }
+        "scans": {row.scan: {"split": split.of(row.subject), "source": sources[row.scan], "hash": None}
+                  for row in rows},
+    }  # fmt: skip
     latents.claim_folder(folder, record, options.overwrite, rt)
 
     # ---- loop over scans: each rank takes its share

@@ -158,6 +158,24 @@ def test_latents_of_another_autoencoder_are_refused(encoded, tmp_path):
     assert (encoded / "latents/notes.txt").read_text() == "mine"
 
 
+def test_a_changed_scan_is_encoded_again(encoded):
+    """A file that was prepared anew under its old name must not keep its old latent."""
+    row, folder = rows_of(encoded)[0], encoded / "latents"
+    before, other = record_of(encoded), latents.latent_path(folder, rows_of(encoded)[1].scan)
+    kept = os.stat(other).st_mtime_ns
+    volume = nifti.load(row.path)
+    nifti.save(row.path, volume.data[::-1], volume.affine)
+    stages.encode(encoded)
+    record = record_of(encoded)
+    changed = {scan for scan, entry in record["scans"].items() if entry != before["scans"][scan]}
+    assert changed == {row.scan} and record["mean"] != before["mean"] and os.stat(other).st_mtime_ns == kept
+    with runtime.start("cpu") as rt:
+        aekl = latents.load_aekl(stages.best(encoded, "aekl"), rt)
+        x = dataset.Volumes(aekl.preparation, None).tensor(row)[None]
+        expected = latents.encode(aekl.model, x, rt)[0][0]
+    assert torch.equal(latents.read_latent(latents.latent_path(folder, row.scan))[0], expected)
+
+
 def test_foreign_files_and_smaller_tables_are_refused(encoded):
     stray = encoded / "fresh" / f"{rows_of(encoded)[0].scan}.npz"
     stray.parent.mkdir()
