@@ -19,6 +19,16 @@ HERE = Path(__file__).resolve().parent
 STAGES = ("aekl", "ldae_pretrain", "ldae_repr_learn", "classification", "regression")
 BACKBONES = ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")
 SECTIONS = ("general", "paths", "data", "model", "loss", "diffusion", "training")  # of the YAML files: option groups
+POSITIVE = (  # at least 1, every number of them
+    "epochs", "channels", "latent_channels", "num_res_blocks", "norm_groups", "disc_channels", "disc_layers",
+    "base_channels", "channel_mult", "attention_resolutions", "num_heads", "backbone_depths", "backbone_widths",
+    "code_dim", "encoder_heads", "max_slices", "sample_steps", "n_samples", "bootstrap",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "max_steps", "num_workers", "steps", "lr", "lr_d", "lr_encoder", "grad_clip", "weight_decay", "patience",
+    "sample_every", "save_every", "ema_start", "adv_start", "kl_weight", "perceptual_weight", "adv_weight",
+)  # fmt: skip
+SHARES = ("ema_decay", "dropout", "encoder_dropout", "drop_path")  # 0 or more and less than 1
 
 # fmt: off
 
@@ -77,8 +87,7 @@ class StageConfig(TrainOptions):
             raise UserError(f"--shape {self.shape} and --spacing_mm {self.spacing_mm} must be positive")
         if not (0 < self.val_size < 1 and 0 < self.test_size < 1 and self.val_size + self.test_size < 1):
             raise UserError(f"--val_size {self.val_size} and --test_size {self.test_size}: give positive shares with a sum below 1")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"--ema_decay {self.ema_decay}: choose 0 (no average) or more and less than 1")
+        check_ranges(self)
         root = Path(self.root)
         self.csv_path = self.csv_path or str(root / "data" / "dataset.csv")
         self.split = self.split or str(root / "split.json")
@@ -134,8 +143,6 @@ class AEKLConfig(StageConfig):
         super().__post_init__()
         if not 0 < self.lpips_fraction <= 1:
             raise UserError(f"--lpips_fraction {self.lpips_fraction}: choose more than 0 and at most 1")
-        if min(self.kl_weight, self.perceptual_weight, self.adv_weight) < 0:
-            raise UserError("--kl_weight, --perceptual_weight and --adv_weight must be 0 or more")
 
 
 @dataclass
@@ -290,6 +297,26 @@ class RegressionConfig(SupervisedConfig):
     age_scale: str = option("train", "scaling of ages: mean and SD of the training subjects, or the original's (age - 50.4) / 97.3", choices=("train", "upstream"), group="loss")
     weight_decay: float = option(1e-3, "L2 term of Adam", group="training")
     patience: int = option(10, "stop after so many validations without improvement; 0: never", group="training", free=True)
+
+
+def check_ranges(config) -> None:
+    """UserError for a number that no training can use, such as a negative length, before anything is written."""
+    for names, fits, wanted in (
+        (POSITIVE, lambda x: x >= 1, "at least 1"),
+        (NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
+        (SHARES, lambda x: 0 <= x < 1, "0 or more and less than 1"),
+    ):
+        for name in names:
+            value = getattr(config, name, ())
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(map(fits, numbers)):
+                raise UserError(f"--{name} {' '.join(map(str, numbers))}: must be {wanted}")
+    for name in ("channels", "channel_mult"):
+        if getattr(config, name, None) == ():
+            raise UserError(f"--{name}: give a number for every level")
+    head_channels = getattr(config, "head_channels", -1)
+    if head_channels < 1 and head_channels != -1:
+        raise UserError(f"--head_channels {head_channels}: must be -1 (from --num_heads) or at least 1")
 
 
 def check_backbone(config) -> None:

@@ -266,7 +266,8 @@ def _tensors(path):
     except FileNotFoundError as error:
         raise UserError(f"no file {path}; correct the path") from error
     except Exception as error:
-        raise UserError(f"{path} is damaged or holds more than tensors ({error}); give a file of tensors") from error
+        what = f"{path} is damaged or holds more than tensors ({type(error).__name__})"
+        raise UserError(f"{what}; give a file of tensors") from error
 
 
 # ---- counterfactual report ------------------------------------------------------------------------------------------

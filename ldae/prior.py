@@ -110,6 +110,7 @@ def train(config: PretrainConfig, rt: runtime.Runtime) -> None:
     if config.compile:
         unet.compile()
     schedule = schedulers.make_schedule(**schedule_settings(config), prediction=config.prediction)
+    schedulers.respace(schedule.T, config.sample_steps, config.spacing)  # a number of steps that there is: said now
 
     # ---- optimizer and EMA
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, **runtime.fused_optimizer_kwargs(rt.device))

@@ -124,6 +124,7 @@ def train(config: ReprLearnConfig, rt: runtime.Runtime) -> None:
     split, (rows, held_out_rows) = open_split(config, rt, "train", "val")
     record = open_latents(config, split.hash, rt)
     aekl, prior = open_aekl(config, record, rt), open_prior(config, record, split.hash, rt)
+    schedulers.respace(prior.schedule.T, config.sample_steps, config.spacing)  # said now, not after an epoch
     folder = Path(config.latents)
     data, held_out = (latents.Latents(folder, part, record, prior.stats, seed=config.seed)
                       for part in (rows, held_out_rows))  # fmt: skip

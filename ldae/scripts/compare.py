@@ -223,6 +223,8 @@ def check(options: Options) -> None:
         raise UserError("--names takes two titles, --window two values")
     if options.window and not options.window[0] < options.window[1]:
         raise UserError(f"--window {options.window}: the lower value comes first")
+    if options.difference_window < 0:
+        raise UserError(f"--difference_window {options.difference_window}: give 0 for the percentile, or more")
     for ending in (".png", ".html"):
         if Path(options.out + ending).exists() and not options.overwrite:
             raise UserError(f"{options.out}{ending} is there already; name another --out, or add --overwrite")

@@ -65,7 +65,7 @@ def main() -> None:
 def export(options: Options, rt) -> dict | None:
     """Write table, summary and pictures; returns the summary (rank 0)."""
     from common.runlog import progress, write_json
-    from ldae import data_split, dataset, model
+    from ldae import dataset, generation, model
 
     # ---- setup
     out = Path(options.output_dir)
@@ -73,10 +73,7 @@ def export(options: Options, rt) -> dict | None:
     if record_path.exists() and not options.overwrite:
         raise UserError(f"{record_path} is there already; name another --output_dir, or add --overwrite")
     ldae = model.load_ldae(Path(options.model_path), rt, options.trust_pickle, option="--model_path")
-    rows = dataset.read_table(options.csv_path)
-    if options.part != "all":
-        rows = data_split.read(options.split).rows(rows, options.part)
-    rows = rows[: options.max_scans or None]
+    rows = generation.select_rows(options, ldae)
     volumes = dataset.Volumes(ldae.preparation, None if options.cache == "none" else options.cache)
     rt.barrier()  # every rank has judged the folder before any writes
 

@@ -68,6 +68,9 @@ class Config(TrainOptions):
             raise UserError("--width, --layers and --steps must be at least 1, --timesteps at least 2")
         if not 0 <= self.ema_decay < 1 or not 0 <= self.dropout < 1:
             raise UserError("--ema_decay and --dropout must be 0 or more and less than 1")
+        for name in ("max_steps", "lr", "weight_decay", "grad_clip", "ema_start", "patience", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
         root = Path(self.root)
         self.codes = self.codes or str(root / "codes")
         self.run = self.run or str(root / "runs" / "code_prior")

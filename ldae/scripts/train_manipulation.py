@@ -84,6 +84,8 @@ class Options(CommonOptions):
             raise UserError("--folds and --inner_folds must be at least 2")
         if min(self.repeats, self.epochs, self.bootstrap) < 1 or min(self.permutations, self.embeddings_dim) < 0:
             raise UserError("--repeats, --epochs and --bootstrap must be at least 1, --permutations 0 or more")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: seeds are 0 or more")
         if not self.strengths or min(self.strengths) <= 0:
             raise UserError("--strengths: give positive penalties")
         if self.import_probe and len(self.import_probe) != 3:

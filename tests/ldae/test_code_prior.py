@@ -160,3 +160,6 @@ def test_command_line():
     assert ended.returncode == 0 and "--schedule" in ended.stdout
     ended = run_script(["ldae/scripts/train_code_prior.py", "--layers", "0"])
     assert ended.returncode == 2 and ended.stderr.startswith("error: --width, --layers and --steps")
+    for name in ("lr", "max_steps", "patience"):
+        with pytest.raises(UserError, match=f"--{name} -1.*: must be 0 or more"):
+            train_code_prior.Config(**{name: -1})

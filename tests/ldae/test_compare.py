@@ -119,7 +119,11 @@ def test_refusals(pair, tmp_path):
     (tmp_path / "c.html").write_text("mine")
     with pytest.raises(UserError, match="c.html is there already"):
         run_main(compare, *pair, "--out", tmp_path / "c")
-    for options, message in ((("--names", "a"), "two titles"), (("--window", 2, 1), "lower value comes first")):
+    for options, message in (
+        (("--names", "a"), "two titles"),
+        (("--window", 2, 1), "lower value comes first"),
+        (("--difference_window", -1), "--difference_window -1.0: give 0"),
+    ):
         with pytest.raises(UserError, match=message):
             run_main(compare, *pair, "--out", tmp_path / "d", *options)
     with pytest.raises(UserError, match="file not found"):

@@ -63,6 +63,14 @@ def test_weights_of_every_slice_of_every_scan(modelled, tmp_path, capsys):
     assert {e["subject"] for e in read(tmp_path)} == set(split.subjects["test"])
 
 
+def test_a_part_of_another_split_is_refused(modelled, tmp_path):
+    """Its test subjects may have been trained on."""
+    path = untrained_ldae(tmp_path / "other.ckpt", split_hash="f" * 16)
+    with pytest.raises(UserError, match="the model was trained with ffffffffffffffff; name that split"):
+        export(modelled, "--output_dir", tmp_path / "out", "--model_path", path, "--part", "test")
+    assert not (tmp_path / "out").exists()
+
+
 def test_positions_follow_the_plane():
     affine = np.array([[2.0, 0, 0, -10], [0, 3, 0, -20], [0, 0, 4, -30], [0, 0, 0, 1]])
     for plane, step, first, n in (("sagittal", 2, -10, 5), ("coronal", 3, -20, 6), ("axial", 4, -30, 7)):

@@ -131,6 +131,8 @@ def test_errors_come_before_anything_is_fitted(study, tmp_path):
         train(study, "--target_classes", "AD", "FTD")
     with pytest.raises(UserError, match="--positive XX: no scan has this diagnosis"):
         train(study, "--positive", "XX")
+    with pytest.raises(UserError, match="--seed -1: seeds are 0 or more"):
+        train_manipulation.Options(seed=-1)
     assert {p.name: p.read_bytes() for p in (study / "probes").iterdir()} == before
     train(study, "--overwrite")
     assert {p.name for p in (study / "probes").iterdir()} == set(before)

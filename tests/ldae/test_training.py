@@ -166,6 +166,15 @@ def test_intervals_of_zero_are_one_error_line(done, stage, option):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_steps_that_no_sampler_has_are_refused_before_the_first_step(done, tmp_path, stage):
+    """Pictures and validations sample: what they would fail on after an epoch is said at once."""
+    root = fresh(done, tmp_path, stage, "study")
+    with pytest.raises(UserError, match="101 sampling steps: choose 1 to 100"):
+        stages.run(stage, root, "--sample_steps", 101)
+    assert not (root / "runs" / stage).exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_missing_inputs_are_named(done, tmp_path, stage):
     """Fact 21: nothing starts without the output of the stage before, and the message says where it was looked for."""
     root = fresh(done, tmp_path, stage, "study")
