@@ -28,6 +28,7 @@ one: another --n_subjects leaves every other subject as it was.
 from __future__ import annotations
 
 import gzip
+import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -198,6 +199,14 @@ def write_tsv(path: Path, rows: list[dict]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def remove_cohort(out: Path) -> None:
+    """The scans and label maps of an earlier cohort; whatever has other names stays."""
+    for folder in (out / "data" / "scans").glob("sub-[0-9][0-9][0-9][0-9]"):
+        shutil.rmtree(folder)
+    for path in (out / "data" / "labels").glob("sub-[0-9][0-9][0-9][0-9]_M[0-9][0-9][0-9].nii.gz"):
+        path.unlink()
+
+
 def check(options: Options) -> None:
     if min(options.shape) < 16 or max(options.shape) > 192:
         raise UserError(f"--shape {options.shape}: every axis between 16 and 192 voxels")
@@ -224,6 +233,8 @@ def main() -> None:
 
     phantom.template()  # once, before the threads ask for it
     out = Path(options.out)
+    if options.overwrite:
+        remove_cohort(out)
     with ThreadPoolExecutor(max(options.num_workers, 1)) as pool, progress(options.n_subjects, 0, "phantom") as bar:
         futures = [pool.submit(make_subject, options, number + 1) for number in range(options.n_subjects)]
         rows = []

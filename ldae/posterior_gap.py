@@ -212,11 +212,3 @@ def control_warning(network: dict, zero_network: dict) -> str:
         return ""
     return (f"the network's round trip (RMSE {network['rmse']:.2g}, SD of z_T {network['std']:.2g}) equals that of a "
             "network that always predicts 0: it shows no training")  # fmt: skip
-
-
-def describe_round_trip(control: dict) -> str:
-    """The result of `round_trip_control` in one or two lines."""
-    rows = [f"{name} RMSE {control[key]['rmse']:.2e}, SD of z_T {control[key]['std']:.3f}"
-            for name, key in (("network", "network"), ("zero network", "zero_network"))]  # fmt: skip
-    text = f"round trip z_0 -> z_T -> z_0 in {control['steps']} steps: {'; '.join(rows)}"
-    return text + (f"\nwarning: {control['warning']}" if control["warning"] else "")

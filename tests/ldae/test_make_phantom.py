@@ -146,6 +146,16 @@ def test_defects(tmp_path):
     assert not (tmp_path / "bad/data/labels").exists()
 
 
+def test_a_smaller_cohort_leaves_nothing_of_the_larger_one(tmp_path):
+    """--overwrite replaces the cohort: build_table.py would list subjects that remained."""
+    common = (*TINY, "--sessions", 0)
+    run_main(make_phantom, "--out", tmp_path, *common, "--n_subjects", 3)
+    (tmp_path / "data/scans/notes.txt").write_text("mine")
+    run_main(make_phantom, "--out", tmp_path, *common, "--n_subjects", 1, "--overwrite")
+    assert len(list(tmp_path.rglob("*.nii.gz"))) == 2 and not (tmp_path / "data/scans/sub-0002").exists()
+    assert (tmp_path / "data/scans/notes.txt").read_text() == "mine"
+
+
 def test_refusals(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/truth.csv").write_text("mine")

@@ -196,11 +196,8 @@ def test_untrained_network_control():
     control = posterior_gap.round_trip_control(ideal, z_0, SCHEDULE, 50)
     assert control["zero_network"]["rmse"] < 1e-5 < control["network"]["rmse"]  # the trained one's is worse
     assert control["zero_network"]["std"] < 0.01 and control["warning"] == ""
-    assert "warning" not in posterior_gap.describe_round_trip(control)
     control = posterior_gap.round_trip_control(zero, z_0, SCHEDULE, 50)
     assert "shows no training" in control["warning"]
-    text = posterior_gap.describe_round_trip(control)
-    assert "zero network RMSE" in text and "warning: the network's round trip" in text
 
 
 # ---- v prediction
