@@ -18,6 +18,10 @@ HERE = Path(__file__).resolve().parent
 STAGES = ("vqgan", "guide", "ldm", "lapt", "ldm3d", "lapt3d")
 AUGMENTATIONS = ("none", "plausible", "strong", "upstream", "upstream3d")
 SECTIONS = ("general", "paths", "data", "model", "loss", "diffusion", "training")  # of the YAML files: option groups
+NOT_NEGATIVE = (
+    "num_workers", "max_steps", "epochs", "steps", "base_learning_rate", "grad_clip", "ema_start", "patience", "val_items",
+    "sample_every", "save_every", "weight_decay",
+)  # fmt: skip
 
 # fmt: off
 
@@ -64,12 +68,28 @@ class StageConfig(TrainOptions):
     def __post_init__(self):
         if self.seed < 0:
             raise UserError(f"seed {self.seed}: seeds are 0 or more")
+        self._check_numbers()
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"training.ema_decay {self.ema_decay}: choose 0 (no average) or more and less than 1")
         root = Path(self.root)
         self.data = self.data or str(root / "data")
         self.logdir = self.logdir or str(root / "runs")
         self.name = self.name or self.stage
+
+    def _check_numbers(self) -> None:
+        """UserError for lengths, rates and sizes of networks that cannot be."""
+        for f in fields(self):
+            value, name = getattr(self, f.name), f"{f.metadata['group']}.{f.name}"
+            size = f.metadata["group"] == "model" and f.type in ("int", "tuple[int, ...]") and "attention" not in f.name
+            sizes = value if isinstance(value, (list, tuple)) else (value,)
+            if size and (not sizes or min(sizes) < 1):
+                raise UserError(f"{name} {value}: sizes of networks are at least 1")
+            if f.name in NOT_NEGATIVE and value < 0:
+                raise UserError(f"{name} {value}: must be 0 or more")
+        if self.learning_rate <= 0:
+            raise UserError(f"training.lr {self.lr}: must be above 0")
+        if not (self.steps or self.epochs):
+            raise UserError("training.steps and training.epochs are both 0: give the training a length")
 
     @property
     def run(self) -> Path:
@@ -144,7 +164,7 @@ class GuideConfig(StageConfig):
     stage: ClassVar[str] = "guide"
     volumes: ClassVar[bool] = True
 
-    normalisation: str = option("zscore", "DWI and ADC: quantiles to [-1, 1] (2D release), or z-scores clipped at 3 (3D release)", choices=("quantile", "zscore"), group="data")
+    normalisation: str = option("quantile", "of DWI and ADC, as the autoencoder has it: quantiles to [-1, 1] (2D release), or z-scores clipped at 3 (3D release)", choices=("quantile", "zscore"), group="data")
     statistics: str = option("training", "whose quantiles, mean and SD: of the training set, or of the very image, which CT-only sampling does not have", choices=("training", "case"), group="data")
     size: tuple[int, int, int] = option((192, 224, 32), "volumes are padded to this grid; of larger ones it is taken about the brain", unit="voxels", group="data")
     window: int = option(8, "consecutive slices of a training item, two of three on lesion where there is one", unit="slices", group="data")
@@ -171,8 +191,8 @@ class GuideConfig(StageConfig):
         super().__post_init__()
         if not 0 < self.threshold < 1:
             raise UserError(f"loss.threshold {self.threshold}: choose more than 0 and less than 1")
-        if self.window < 1 or min(self.size) < 1:
-            raise UserError(f"data.window {self.window} and data.size {self.size} must be positive")
+        if min(self.size) < 1 or not 1 <= self.window <= self.size[2]:
+            raise UserError(f"data.size {self.size} must be positive, and data.window {self.window} is to be 1 to its {self.size[2]} slices")
 
 
 @dataclass
@@ -379,9 +399,10 @@ PRESETS = {
     },
     "guide": {
         "paper": {},
-        "upstream": dict(statistics="case", grad_clip=0.0, smooth=1e-6),
+        "paper3d": dict(normalisation="zscore"),
+        "upstream": dict(normalisation="zscore", statistics="case", grad_clip=0.0, smooth=1e-6),
         "small": SMALL | dict(channels=16, size=(96, 112, 16), batch_size=4, lr=1e-4),
-        "tiny": TINY | dict(normalisation="quantile", channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4, size=(48, 48, 8), batch_size=4, steps=200, lr=2e-3, val_every=5),
+        "tiny": TINY | dict(channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4, size=(48, 48, 8), batch_size=4, steps=200, lr=2e-3, val_every=5),
     },
     "ldm": {
         "paper": {},

@@ -1,7 +1,7 @@
 """The segmentation guide of the 3D release: a 3D U-Net that finds the lesion in DWI and ADC.
 
-Frozen, it tells the post-training whether a lesion can be found where it is. Volumes (B, 2, X, Y, Z), z-scored DWI and
-ADC; one logit a voxel. At the paper's widths (64, 128, 256) 39,202,177 parameters.
+Frozen, it tells the post-training whether a lesion can be found where it is. Volumes (B, 2, X, Y, Z), normalised DWI
+and ADC; one logit a voxel. At the paper's widths (64, 128, 256) 39,202,177 parameters.
 """
 
 from collections.abc import Sequence

@@ -30,7 +30,6 @@ from common.runlog import Means, progress
 from lapt import dataset, losses, segmentation
 from lapt.autoencoder import VQAutoencoder
 from lapt.config import DiffusionConfig, LAPTConfig, LDM3DConfig, LDMConfig, VQGANConfig, network_file
-from lapt.dataset import Intensity
 from lapt.diffusion import (
     COMMAND,
     KIND,
@@ -47,6 +46,7 @@ from lapt.diffusion import (
 from lapt.unet import UNet, inflate, is_between_slices
 from lapt.vqgan import (
     check_finite,
+    check_split,
     checked,
     load_vqgan,
     masked_l1,
@@ -204,6 +204,7 @@ def train(config: DiffusionConfig, rt: runtime.Runtime) -> None:
     training.check_options(config, rt)
     torch.manual_seed(config.seed)
     model = start_model(config, rt)
+    check_sampling(config, model.settings)
     source, stage = model.hash, config.stage
     data, held_out = (open_items(config, split, model, config.augment if split == "train" else "none")
                       for split in ("train", "val"))  # fmt: skip
@@ -329,7 +330,7 @@ def start_model(config: DiffusionConfig, rt: runtime.Runtime) -> LatentModel:
         model = start_from_slices(config, rt)
     else:
         model = start_from_autoencoder(config, rt)
-    check_split(model.intensity, config)
+    check_split(model.intensity, config, "the earlier stage")
     return model
 
 
@@ -403,12 +404,10 @@ def volume_settings(config: LDM3DConfig, flat: dict) -> dict:
     return flat | {"stage": config.stage, "slices": slices, "conditioner": conditioner, "unet": unet}
 
 
-def check_split(intensity: Intensity, config: DiffusionConfig) -> None:
-    """UserError if the earlier stage was trained with another split: its training patients may be tested here."""
-    split = dataset.read_statistics(config.data)["split_hash"]
-    if intensity.split_hash not in ("", split):
-        raise UserError(f"the earlier stage was trained with split {intensity.split_hash}, {config.data} is split "
-                        f"{split}: name the data it belongs to with paths.data, or train it again")  # fmt: skip
+def check_sampling(config: DiffusionConfig, settings: dict) -> None:
+    """UserError, before the training and not after it, for a test pass of steps that the schedule does not have."""
+    how = settings["sampling"]
+    schedulers.respace(settings["schedule"]["T"], config.sample_steps, how["spacing"], how["offset"])
 
 
 def learned_parts(model: LatentModel, config: DiffusionConfig) -> nn.ModuleDict:
@@ -441,6 +440,7 @@ def open_guide(model: LatentModel, config: DiffusionConfig, rt: runtime.Runtime)
     if not getattr(config, "w_seg", 0.0):
         return None
     guide = segmentation.load_guide(config.guide, rt, trust_pickle=config.trust_pickle)
+    check_split(guide.intensity, config, "the guide")
     own, other = (intensity.to_dict() for intensity in (model.intensity, guide.intensity))
     differs = [key for key in ("normalisation", "statistics", "stats") if own[key] != other[key]]
     if differs:
@@ -457,10 +457,15 @@ def open_items(config: DiffusionConfig, split: str, model: LatentModel, augment:
     how = dict(augment=augment, seed=config.seed)
     if not config.volumes:
         return checked(dataset.Slices(config.data, split, model.intensity, multiple=model.multiple, **how))
-    if any(n % model.multiple for n in config.size[:2]) or config.size[2] != model.slices:
-        raise UserError(f"data.size {config.size}: the first two must be multiples of {model.multiple}, the last the "
-                        f"{model.slices} slices of the model")  # fmt: skip
+    check_size(config, model.multiple, model.slices)
     return checked(dataset.Volumes(config.data, split, model.intensity, size=config.size, **how))
+
+
+def check_size(config: DiffusionConfig, multiple: int, slices: int) -> None:
+    """UserError for volumes that the networks cannot take."""
+    if any(n % multiple for n in config.size[:2]) or config.size[2] != slices:
+        raise UserError(f"data.size {config.size}: the first two must be multiples of {multiple}, the last the "
+                        f"{slices} slices of the model")  # fmt: skip
 
 
 class CachedItems(Dataset):
@@ -618,8 +623,7 @@ def preview(path: Path, model: LatentModel, data, config: DiffusionConfig) -> Pa
     ctp, x, lesion = (fold(item[name][None]).to(model.rt.device) for name in ("ctp", "mri", "lesion"))
     z_T = held_out_noise(config, item, model.latent_shape(x), "preview", model.rt)
     with torch.inference_mode():
-        steps = min(config.sample_steps, model.schedule.T)
-        x_hat = model.decode(model.sample(model.condition(ctp), z_T, steps, config.sampler))
+        x_hat = model.decode(model.sample(model.condition(ctp), z_T, config.sample_steps, config.sampler))
     z = int(lesion.flatten(1).sum(1).argmax())
     pictures = [("CTP, middle of the bolus", ctp[z, ctp.shape[1] // 2])]
     for channel, name in enumerate(("DWI", "ADC")):
@@ -644,6 +648,7 @@ def test(config: DiffusionConfig, rt: runtime.Runtime) -> None:
         rt.print(f"the test pass is done ({report}); --overwrite repeats it")
         return
     model = load_model(config.best_path, rt, config.trust_pickle, option="--resume RUN")
+    check_split(model.intensity, config, "the model")
     cases = inference.prepared_studies(Path(config.data), "test")
     settings = inference.Settings(steps=config.sample_steps, sampler=config.sampler)
     inference.sample_folder(model, cases, out, settings, rt, overwrite=config.overwrite)
@@ -705,4 +710,7 @@ def dry_run(config: DiffusionConfig, rt: runtime.Runtime) -> None:
     rt.print(json.dumps(training.recorded(config), indent=2))
     levels = len(settings["autoencoder"]["channel_mult"]) + len(settings["unet"]["channel_mult"]) - 2
     size = config.size if config.volumes else slice_size(config, 2**levels)
+    if config.volumes:
+        check_size(config, 2**levels, settings["slices"])
+    check_sampling(config, settings)
     print_memory(config, settings, size, rt)

@@ -202,6 +202,12 @@ def relaunch(args: argparse.Namespace, config, words: list[str]) -> None:
     if "RANK" in os.environ:
         return
     devices = chosen_devices(args.gpus, config.device)
+    if devices and config.device != "cpu":
+        import torch
+
+        if max(devices) >= (there := torch.cuda.device_count()):
+            raise UserError(f"--gpus {args.gpus}: this machine has {there} CUDA device(s), numbered from 0; leave it "
+                            "out, or add --device cpu for as many processes on the CPU")  # fmt: skip
     if len(devices) == 1 and config.device != "cpu":
         config.device = f"cuda:{devices[0]}"
     if len(devices) < 2:

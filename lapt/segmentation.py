@@ -26,6 +26,7 @@ from lapt.guide import SegmentationGuide
 from lapt.losses import guide_loss
 from lapt.vqgan import (
     check_finite,
+    check_split,
     checked,
     claim_report,
     mean_or_none,
@@ -274,6 +275,7 @@ def test(config: GuideConfig, rt: runtime.Runtime) -> None:
     if (path := claim_report(config, rt)) is None:
         return
     trained = load_guide(config.best_path, rt, trust_pickle=config.trust_pickle, option="--resume RUN")
+    check_split(trained.intensity, config, "the guide")
     data = open_volumes(config, "test", trained.intensity)
     scores, each = evaluate(trained.model, data, list(range(len(data))), config, rt)
     if rt.is_main:

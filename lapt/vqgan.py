@@ -236,6 +236,14 @@ def check_finite(what: str, means: Means, step: int) -> None:
                         "try a lower training.lr or training.grad_clip, with --restart")  # fmt: skip
 
 
+def check_split(intensity: Intensity, config, what: str) -> None:
+    """UserError if a network was trained with another split: its training patients may be tested here."""
+    split = dataset.read_statistics(config.data)["split_hash"]
+    if intensity.split_hash not in ("", split):
+        raise UserError(f"{what} was trained with split {intensity.split_hash}, {config.data} is split {split}: name "
+                        "the data it belongs to with paths.data, or train it again")  # fmt: skip
+
+
 def open_log(config, step: int, fingerprint: dict, rt: runtime.Runtime) -> RunLog:
     """The run's log, and its options once more as a file for --base: RUN/configs/<stage>.yaml."""
     if rt.is_main:
@@ -445,6 +453,7 @@ def test(config: VQGANConfig, rt: runtime.Runtime) -> None:
     if (path := claim_report(config, rt)) is None:
         return
     trained = load_vqgan(config.best_path, rt, trust_pickle=config.trust_pickle, option="--resume RUN")
+    check_split(trained.intensity, config, "the autoencoder")
     data = open_slices(config, "test", trained.intensity)
     means, each = evaluate(trained.model, data, list(range(len(data))), rt)
     if rt.is_main:

@@ -96,6 +96,14 @@ def test_presets_are_valid_and_upstream_is_the_originals_science(stage):
         assert upstream.ema_decay == 0
 
 
+@pytest.mark.parametrize("preset", ["paper", "paper3d", "small", "tiny", "upstream3d"])
+def test_the_guide_sees_the_images_of_the_autoencoder(preset):
+    """In every line of presets post-training finds a guide that was trained on the intensities of its own images."""
+    autoencoder = parsed("--base", "vqgan", "--preset", preset)
+    guide = parsed("--base", "guide", "--preset", preset if preset in PRESETS["guide"] else "upstream")
+    assert (autoencoder.normalisation, autoencoder.statistics) == (guide.normalisation, guide.statistics)
+
+
 def test_files_are_merged_from_left_to_right_then_presets_then_words(tmp_path):
     a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
     a.write_text("stage: vqgan\ntraining: {lr: 1e-2, epochs: 7, batch_size: 2}\n")
@@ -137,6 +145,19 @@ def test_the_originals_flags():
 def test_gpus(text, device, found):
     """One GPU with and without the trailing comma; several."""
     assert main.chosen_devices(text, device) == found
+
+
+def test_gpus_that_are_not_there_are_told_before_anything_starts():
+    argv = ["--base", "vqgan", "-t", "--gpus", "0,1"]
+    with (
+        mock.patch.object(main.os, "execv") as started,
+        mock.patch("torch.cuda.device_count", lambda: 1),
+        mock.patch.dict(main.os.environ),
+        pytest.raises(cli.UserError, match="--gpus 0,1: this machine has 1 CUDA device"),
+    ):
+        main.os.environ.pop("RANK", None)
+        main.relaunch(*main.parse(argv), argv)
+    assert not started.called
 
 
 def test_gpus_auto_and_wrong():
@@ -212,11 +233,21 @@ def test_a_bad_file_is_one_clear_line(tmp_path, capsys, text, message):
         ("--base vqgan -t maybe", "expected true or false"),
         ("--base vqgan --gpus 0,x -t", "expected device numbers"),
         ("--base vqgan --preset large", "invalid choice"),
-        ("--base guide --preset paper3d", "stage guide has paper, upstream"),
+        ("--base lapt --preset paper3d", "stage lapt has paper, upstream"),
         ("--base lapt loss.snr_gamma=0", "snr_gamma and t_max positive"),
         ("--base lapt3d loss.window=40", "choose 1 to 32"),
         ("--base ldm model.conditioner=volume", "take it with stage ldm3d"),
         ("--base ldm model.trainable=inter_slice", "only the networks of ldm3d"),
+        ("--base guide data.window=40", "data.window 40 is to be 1 to its 32 slices"),
+        ("--base vqgan model.channel_mult=[]", "model.channel_mult (): sizes of networks are at least 1"),
+        ("--base vqgan model.norm_groups=0", "model.norm_groups 0: sizes"),
+        ("--base ldm model.head_channels=0", "model.head_channels 0: sizes"),
+        ("--base ldm training.lr=-1", "training.lr -1.0: must be above 0"),
+        ("--base ldm training.steps=-5", "training.steps -5: must be 0 or more"),
+        ("--base ldm --num_workers -1", "general.num_workers -1: must be 0 or more"),
+        ("--base ldm training.epochs=0", "are both 0: give the training a length"),
+        ("--base ldm3d data.size=[190,224,32] --dry_run --device cpu", "must be multiples of 16"),
+        ("--base lapt diffusion.sample_steps=5000 --dry_run --device cpu", "5000 sampling steps: choose 1 to 1000"),
         ("--resume nowhere", "no run folder"),
         ("--base ldm --resume x --name y", "--resume"),
     ],

@@ -1,5 +1,6 @@
 """All stages: the same result however a run is cut, killed, resumed or shared by ranks; what training may change."""
 
+import json
 import random
 import shutil
 import signal
@@ -8,13 +9,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from common import checkpoint, runtime
+from common import checkpoint, runtime, training
 from common.cli import UserError
 from common.lpips import LPIPS
-from lapt import ldm, segmentation, vqgan
+from lapt import data_split, ldm, losses, main, segmentation, vqgan
 from lapt.config import CONFIGS, PRESETS, merge
 from lapt.diffusion import fold, load_model
-from tests.helpers import ROOT, assert_same_tensors, two_ranks
+from tests.helpers import ROOT, assert_same_tensors, run_main, two_ranks
 from tests.lapt.rank_stages import STAGES as SHARED
 from tests.lapt.stages import (
     FULL,
@@ -200,11 +201,80 @@ def test_a_run_leaves_best_last_config_and_metrics(runs, stage):
         assert str(runs.parent) not in (folder / name).read_text()
 
 
+SCORES = {  # of two validations, by stage: what selects, and which is the better one
+    "vqgan": (vqgan, "evaluate", [({"rec": 0.3}, []), ({"rec": 0.4}, [])], {"": 0}),
+    "guide": (segmentation, "evaluate", [({"iou": 0.1}, []), ({"iou": 0.2}, [])], {"": 1}),
+    "ldm": (ldm, "validate", [{"loss": 0.3, "score": 0.9}, {"loss": 0.4, "score": 0.8}],
+            {"training.select=loss": 0, "training.select=lesion": 1, "training.select=last": 1}),
+    "lapt": (ldm, "validate", [{"loss": 0.4, "score": 0.8}, {"loss": 0.3, "score": 0.9}], {"": 0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", SCORES)
+def test_best_is_the_best_validation_and_patience_ends_the_run(prepared, runs, tmp_path, monkeypatch, stage):
+    """best.ckpt holds the weights of the step that the stage's criterion prefers; post-training: the lesion score."""
+    module, name, scores, wanted = SCORES[stage]
+    for number, (select, best_one) in enumerate(wanted.items()):
+        out, given = tmp_path / str(number), iter(scores)
+        monkeypatch.setattr(module, name, lambda *args, given=given: next(given))
+        size = 5 if stage == "guide" else 40  # two steps an epoch
+        how = [f"training.batch_size={size}", *([select] if select else [])]
+        how += ["diffusion.floor_steps=0"] if stage == "lapt" else []
+        again(stage, prepared, runs, out, *how)
+        assert checkpoint.load(best(out, stage))["step"] == (2, 4)[best_one], select
+        if best_one == 0:  # the second validation is one without improvement
+            given = iter(scores)
+            monkeypatch.setattr(module, name, lambda *args, given=given: next(given))
+            again(stage, prepared, runs, out / "patient", *how, "training.steps=8", "training.patience=1")
+            assert checkpoint.load(last(out / "patient", stage))["step"] == 4
+
+
 def test_losses_fall_by_half(runs):
     """Fact 11: reconstruction error of the autoencoder, noise error of the LDM."""
     for stage, name in (("vqgan", "rec"), ("ldm", "noise")):
         values = [row[name] for row in log_rows(runs, stage, "train")]
         assert values[-1] <= 0.5 * values[0], (stage, values[0], values[-1])
+
+
+def test_autoencoder_step_by_hand(prepared, runs):
+    """Loss and gradients of both networks from the formulas of specification 5.1, and the L2 term."""
+    config = options("vqgan", prepared, runs, "loss.l2_weight=3", "loss.codebook_weight=0.7", "loss.disc_weight=0.4")
+    torch.manual_seed(3)
+    model, discriminator = vqgan.build_vqgan(config), vqgan.build_discriminator(config).eval()
+    x = torch.rand(2, 2, 48, 48, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    found = vqgan.vqgan_step(model, training.RealAndFake(discriminator), x, config)
+    gradients = [{n: p.grad.clone() for n, p in network.named_parameters()} for network in (model, discriminator)]
+    model.zero_grad()
+    discriminator.zero_grad()
+
+    x_hat, codebook = model(x)
+    rec, l2, adversarial = (x - x_hat).abs().mean(), (x - x_hat).square().mean(), -discriminator(x_hat).mean()
+    norms = [torch.autograd.grad(term, model.last_layer, retain_graph=True)[0].norm() for term in (rec, adversarial)]
+    d = 0.4 * norms[0] / (norms[1] + 1e-4)
+    loss = rec + 3 * l2 + 0.7 * codebook + d.detach() * adversarial
+    assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-5) and d > 0
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    for (name, gradient), value in zip(gradients[0].items(), expected, strict=True):
+        assert torch.allclose(gradient, value, rtol=1e-4, atol=1e-7), name
+    real, fake = discriminator(x), discriminator(x_hat.detach())
+    hinge = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
+    hinge.backward()
+    assert found["discriminator"].item() == pytest.approx(hinge.item(), rel=1e-5)
+    for name, p in discriminator.named_parameters():
+        assert torch.allclose(gradients[1][name], p.grad, rtol=1e-4, atol=1e-7), name
+
+
+def test_the_discriminator_takes_part_from_its_step_on(prepared, runs, tmp_path):
+    """loss.disc_start counts optimizer steps: untouched for so many, then trained, and felt by the autoencoder."""
+    states = []
+    for steps in (1, 2, 3):
+        again("vqgan", prepared, runs, tmp_path, "--max_steps", steps, "loss.disc_start=2", "training.log_every=1")
+        states.append(checkpoint.load(last(tmp_path, "vqgan"))["discriminator"])
+    name = "conv_out.weight"
+    assert torch.equal(states[0][name], states[1][name]) and not torch.equal(states[1][name], states[2][name])
+    rows = log_rows(tmp_path, "vqgan", "train")
+    assert [bool(row["d_weight"]) for row in rows] == [False, False, True]
+    assert [row["discriminator"] is None for row in rows] == [True, True, False]
 
 
 def test_revived_codes_are_used(prepared, runs):
@@ -230,8 +300,7 @@ def test_frozen_means_frozen(prepared, runs):
     learned = ldm.learned_parts(model, config)
     before = {name: value.clone() for name, value in learned.state_dict().items()}
     optimizer = torch.optim.SGD(learned.parameters(), lr=1.0)
-    losses = one_step(model, config, guide, prepared)
-    losses["loss"].backward()
+    one_step(model, config, guide, prepared)["loss"].backward()
     optimizer.step()
     assert frozen == [checkpoint.weights_hash(network.state_dict()) for network in (model.autoencoder, guide.model)]
     for network in (model.autoencoder, guide.model):
@@ -262,6 +331,59 @@ def one_step(model, config, guide, prepared, lesion=True, t=None):
                                guide)  # fmt: skip
 
 
+@pytest.mark.parametrize("weighting", ["snr", "range"])
+@pytest.mark.parametrize(("stage", "target"), [("lapt", "real"), ("lapt", "recon"), ("lapt3d", "real")])
+def test_the_objective_by_hand(prepared, runs, stage, target, weighting):
+    """Every term from its formula, item by item: what is decoded, compared with what, weighted how, segmented how.
+
+    The second item has no lesion, the third a timestep at which weighting range has no pixel terms.
+    """
+    weights = {"noise": 1.0, "image": 0.3, "lesion": 0.7} | ({"guide": 0.2} if stage == "lapt3d" else {})
+    how = [f"loss.target={target}", f"loss.weighting={weighting}", "loss.t_max=600", "loss.w_img=0.3", "loss.w_les=0.7"]
+    how += ["loss.w_seg=0.2", "loss.lesion_share=1"] if "guide" in weights else []
+    config = options(stage, prepared, runs, *how)
+    model = ldm.start_model(config, RT)
+    guide = segmentation.load_guide(config.guide, RT) if "guide" in weights else None
+    data = ldm.open_items(config, "train", model)
+    kinds = {True: [], False: []}
+    for i in range(len(data)):
+        kinds[bool(data[i]["lesion"].any())].append(i)
+    chosen = [data[kinds[True][0]], data[kinds[False][0]], data[kinds[True][3]]]
+    items = {name: torch.stack([item[name] for item in chosen]) for name in ("mri", "ctp", "mask", "lesion")}
+    g, t = torch.Generator().manual_seed(2), torch.tensor([150, 400, 800])
+    slices, size = model.slices or 1, config.window if model.slices else 1
+    noise = torch.randn((3, slices, *model.latent_shape(fold(items["mri"]))[1:]), generator=g)
+    u = torch.rand((3, 2), generator=g)
+    with torch.no_grad():
+        found = ldm.training_losses(ldm.Denoiser(model.conditioner, model.unet), model, items, t, noise, u, config,
+                                    ldm.pixel_weights(model, config), guide)  # fmt: skip
+
+        expected = dict.fromkeys(weights, 0.0)
+        for i, item in enumerate(chosen):
+            x, mask, lesion = (fold(item[name][None]) for name in ("mri", "mask", "lesion"))
+            bar = model.schedule.alphas_bar[t[i]].float()
+            z_0, c = model.encode(x), model.condition(fold(item["ctp"][None]))
+            z_t = bar.sqrt() * z_0 + (1 - bar).sqrt() * noise[i]
+            eps = model.unet(torch.cat([z_t, c], 1), t[i].repeat(slices))
+            start = ldm.choose_windows(items["lesion"][i : i + 1], u[i : i + 1], config)[0] if model.slices else 0
+            part = slice(start, start + size)
+            x_hat = model.decode((z_t / bar.sqrt() - (1 / bar - 1).sqrt() * eps)[part])
+            e = (x_hat - (x if target == "real" else model.decode(z_0))[part]) ** 2
+            snr = bar / (1 - bar)
+            w = min(snr.item(), 5) / 5 if weighting == "snr" else float(t[i] < 600)
+            expected["noise"] += (eps - noise[i]).square().mean() / 3
+            expected["image"] += w * (e * mask[part]).sum() / mask[part].sum() / 3
+            expected["lesion"] += w * (e * lesion[part]).sum() / lesion[part].sum().clamp(min=1) / 3
+            if guide:
+                seen = torch.where(mask[part] > 0, x_hat.clamp(-1, 1), -1.0).permute(1, 2, 3, 0)[None]
+                truth, rule = lesion[part].permute(1, 2, 3, 0)[None], dict(alpha=0.1, beta=0.9, gamma=3.0, smooth=1.0)
+                expected["guide"] += w * losses.guide_loss(guide.model(seen), truth, **rule) / 3
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    assert found["loss"].item() == pytest.approx(sum(weights[n] * v.item() for n, v in expected.items()), rel=1e-4)
+    assert min(found[name] for name in expected) > 0
+
+
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 @pytest.mark.parametrize("stage", ["lapt", "lapt3d"])
 def test_a_batch_without_lesion(prepared, runs, stage, reduction):
@@ -270,9 +392,9 @@ def test_a_batch_without_lesion(prepared, runs, stage, reduction):
     model = ldm.start_model(config, RT)
     guide = segmentation.load_guide(config.guide, RT) if stage == "lapt3d" else None
     learned = ldm.learned_parts(model, config)
-    losses = one_step(model, config, guide, prepared, lesion=False)
-    losses["loss"].backward()
-    assert losses["lesion"].item() == 0 and losses["image"].item() > 0
+    terms = one_step(model, config, guide, prepared, lesion=False)
+    terms["loss"].backward()
+    assert terms["lesion"].item() == 0 and terms["image"].item() > 0
     assert all(torch.isfinite(p.grad).all() for p in learned.parameters())
     assert one_step(model, config, guide, prepared)["lesion"].item() > 0
 
@@ -343,6 +465,21 @@ def one_step_ldm(model, config, prepared):
     return ldm.training_losses(denoiser, model, item, torch.tensor([300]), noise, torch.rand(1, 2), config)
 
 
+@pytest.mark.parametrize("stage", ["vqgan", "guide", "lapt"])
+def test_the_test_pass_refuses_another_split(prepared, runs, tmp_path, stage):
+    """Somebody splits anew after the training: patients who trained the network would be tested."""
+    data = shutil.copytree(prepared, tmp_path / "data")
+    lists = {name: json.loads((data / f"splits/{name}_list.json").read_text()) for name in ("train", "test")}
+    lists["train"][0], lists["test"][0] = lists["test"][0], lists["train"][0]
+    for name, patients in lists.items():
+        (data / f"splits/{name}_list.json").write_text(json.dumps(sorted(patients)))
+    run_main(data_split, "--data", data, "--keep_lists")
+    copy = shutil.copytree(runs / stage, tmp_path / stage)
+    with pytest.raises(UserError, match="was trained with split .*paths.data"):
+        run_main(main, "-r", copy, f"paths.data={data}", "--device", "cpu")
+    assert not (copy / "test.json").exists() and not (copy / "samples" / "2").exists()
+
+
 # ---- latents, validation, floor -------------------------------------------------------------------------------------
 
 
@@ -358,6 +495,9 @@ def test_latents_have_unit_scale_and_are_cached_without_augmentation(prepared, r
     assert torch.equal(model.normalise(items[5, 0]["z"][None]), z[5:6])
     saved = checkpoint.load(best(runs, "ldm"))["state_dict"]
     assert torch.equal(saved["latent_std"], model.latent_std)  # augmented training measures the same
+    assert (model.latent_std - 1).abs().min() > 0.1  # so what follows sees the scale
+    x = data[5]["mri"][None]
+    assert torch.allclose(model.decode(model.encode(x)), model.autoencoder(x)[0], atol=1e-5)
     upstream = ldm.start_model(options("ldm", prepared, runs, "diffusion.latent_scale=none"), RT)
     assert upstream.latent_std.tolist() == [1.0] * 3 and upstream.latent_mean.tolist() == [0.0] * 3
 
