@@ -171,6 +171,9 @@ def curves(path, lines, *, xlabel, ylabel, title="", log_y=False, diagonal=False
         ax.set_yscale("log")
     if len(lines) > 1:
         ax.legend(fontsize=_FONT, frameon=False)
+    whole = {float(value) for x, *_ in lines.values() for value in x}
+    if points and not diagonal and len(whole) <= 12 and all(value.is_integer() for value in whole):  # seeds, say
+        ax.set_xticks(sorted(whole))
     ax.set_xlabel(xlabel, fontsize=_FONT + 1)
     ax.set_ylabel(ylabel, fontsize=_FONT + 1)
     ax.set_title(title, fontsize=_FONT + 2)
