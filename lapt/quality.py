@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common import checkpoint, runtime
 from common.cli import UserError
-from common.fid import normal_interval, fid, kid
+from common.fid import fid, kid, normal_interval
 from common.lpips import LPIPS
 from common.metrics import MS_SSIM_WEIGHTS
 
