@@ -289,6 +289,18 @@ def read_cases(folder: str | Path, split: str | None = None) -> list[Case]:
     return chosen
 
 
+def split_note(trained_on: dict[str, str], folder: str | Path) -> str:
+    """What to say of networks {what: hash of the split it was trained with} and a folder split otherwise; "" if none.
+
+    An error would be wrong: networks are measured on other hospitals' patients too.
+    """
+    split = read_statistics(folder)["split_hash"]
+    other = [what for what, known in trained_on.items() if known not in ("", split)]
+    if not other:
+        return ""
+    return f"{', '.join(other)}: trained with another split; make sure that none of these patients was trained on"
+
+
 # ---- augmentation ---------------------------------------------------------------------------------------------------
 
 

@@ -48,8 +48,7 @@ def evaluate(options, rt: runtime.Runtime) -> dict:
     window = dataset.Intensity.of_folder(options.dataroot)
     features = None
     if options.features != "none":
-        autoencoder = None if model is None else model.autoencoder
-        features = quality.load_features(options.features, options.feature_weights, rt, autoencoder)
+        features = quality.load_features(options.features, options.feature_weights, rt, model)
 
     # ---- cases: each rank takes its share
     measure = partial(measure_case, folders=folders, model=model, guide=guide, window=window, options=options)
@@ -73,6 +72,8 @@ def evaluate(options, rt: runtime.Runtime) -> dict:
         "n_patients": len({case.patient for case in cases}),
         "n_with_lesion": len({row["case"] for row in found}),
         "split": options.split,
+        "split_hash": window.split_hash,
+        "note": trained_elsewhere(records, model, guide, options),
         "units": inference.UNITS,
         "definitions": definitions(options, cases, window),
         "samples": records,
@@ -95,6 +96,8 @@ def evaluate(options, rt: runtime.Runtime) -> dict:
         draw(out / "figures", cases, folders, images, segments, found, options)
         write_json(out / REPORT, report)
         print(summary_text(report))
+        if report["note"]:
+            print(f"note: {report['note']}")
         print(f"full report: {out / REPORT}")
     rt.barrier()
     return report
@@ -108,6 +111,13 @@ def load_networks(options, rt: runtime.Runtime) -> tuple:
     if options.guide:
         guide = load_guide(options.guide, rt, trust_pickle=options.trust_pickle, option="--guide")
     return model, guide
+
+
+def trained_elsewhere(records: dict[str, dict], model, guide, options) -> str:
+    """dataset.split_note of all networks behind the numbers."""
+    splits = {name: record.get("normalisation", {}).get("split_hash", "") for name, record in records.items()}
+    splits |= {name: n.intensity.split_hash for name, n in (("model", model), ("guide", guide)) if n is not None}
+    return dataset.split_note(splits, options.dataroot)
 
 
 def without_folders(options) -> dict:

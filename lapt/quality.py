@@ -20,6 +20,8 @@ from common.cli import UserError
 from common.fid import fid, kid, normal_interval
 from common.lpips import LPIPS
 from common.metrics import MS_SSIM_WEIGHTS
+from lapt.dataset import pad_to_multiple
+from lapt.diffusion import LatentModel
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM
 GRID = 4  # the autoencoder's latent is averaged over this many parts per axis
@@ -131,31 +133,34 @@ class BackboneSlices(nn.Module):
 
 
 class EncoderSlices(nn.Module):
-    """Slices (n, 2, X, Y) to the latent of a VQ autoencoder before quantisation, averaged over 4 x 4 parts."""
+    """Slices (n, 2, X, Y) to the latent of a VQ autoencoder before quantisation, averaged over 4 x 4 parts.
 
-    def __init__(self, autoencoder: nn.Module, multiple: int):
+    background: of the images, which are padded to the autoencoder's factor with it.
+    """
+
+    def __init__(self, autoencoder: nn.Module, background: float):
         super().__init__()
-        self.autoencoder, self.multiple = autoencoder, multiple
+        self.autoencoder, self.background = autoencoder, background
 
     def forward(self, x: Tensor) -> Tensor:
-        fill = [(-n) % self.multiple for n in x.shape[-2:]]
-        x = F.pad(x, (0, fill[1], 0, fill[0]), value=-1.0)
+        x = pad_to_multiple(x, self.autoencoder.factor, self.background)
         return F.adaptive_avg_pool2d(self.autoencoder.encode(x), GRID).flatten(1)
 
 
 def load_features(
-    name: str, weights: str | Path, rt: runtime.Runtime, autoencoder: nn.Module | None = None
+    name: str, weights: str | Path, rt: runtime.Runtime, model: LatentModel | None = None
 ) -> Features:
     """The network that --features names; UserError if its weights are missing or of another network.
 
-    weights: torchvision's file of a backbone of common.lpips (alex, vgg, squeeze); autoencoder: the model's own.
+    weights: torchvision's file of a backbone of common.lpips (alex, vgg, squeeze); model: whose autoencoder it is.
     """
     if name == "random":
         network, what = RandomSlices(), "random convolutions (not for reporting)"
     elif name == "autoencoder":
-        if autoencoder is None:
+        if model is None:
             raise UserError("--features autoencoder needs a trained model: name its run with --model")
-        network, what = EncoderSlices(autoencoder, autoencoder.factor), "encoder of the VQ autoencoder, 4 x 4 means"
+        network = EncoderSlices(model.autoencoder, model.intensity.background)
+        what = "encoder of the VQ autoencoder, 4 x 4 means"
     else:
         network, what = BackboneSlices(load_backbone(name, weights)), f"{name}, ImageNet, deepest LPIPS layer"
     network = runtime.frozen_network(network, rt)

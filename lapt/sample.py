@@ -110,7 +110,7 @@ def sample(options: Options, rt) -> None:
     """Write the samples of all chosen cases; finished ones are kept."""
     from dataclasses import fields
 
-    from lapt import inference
+    from lapt import dataset, inference
     from lapt.diffusion import load_model
     from lapt.segmentation import load_guide
 
@@ -121,6 +121,9 @@ def sample(options: Options, rt) -> None:
     if options.guide:
         guide = load_guide(options.guide, rt, trust_pickle=options.trust_pickle, option="--guide")
     cases = find_cases(options, model.time_points)
+    if not (options.ctp or options.input_dir):
+        if note := dataset.split_note({"the model": model.intensity.split_hash}, options.dataroot):
+            rt.print(f"note: {note}")
 
     # ---- loop over cases: each rank takes its share
     out = Path(options.outdir)

@@ -1,6 +1,7 @@
 """evaluate.py on images with known errors, the paired test, realism of slices, and a whole run as a user would."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -122,6 +123,23 @@ def test_errors_inside_the_lesion_are_told_apart(cases):
     assert row["mae"] == pytest.approx(80 * lesion.sum() / mask.sum(), rel=1e-3)
     assert row["lesion_psnr"] == pytest.approx(20 * np.log10(2000 / 80), abs=1e-2) and row["psnr"] > row["lesion_psnr"]
     assert row["lesion_contrast"] < row["lesion_contrast_real"]
+
+
+def test_networks_of_another_split_are_told(prepared, cases, intensity, tmp_path):
+    """The patients measured may be ones that were trained on; of another hospital's they are not: a note, no error."""
+    other = dataclasses.replace(intensity, split_hash="0123456789abcdef")
+    for name, known in (("same", intensity), ("other", other)):
+        diffusion.save_model(tmp_path / f"{name}.ckpt", untrained_model(time_points=15, intensity=known))
+        folder = write_samples(tmp_path / name, cases[:2], shifted(0))
+        words = (*only(prepared, cases[:2], tmp_path / name), "--model", tmp_path / f"{name}.ckpt")
+        report, *_ = measure(prepared, folder, *words)
+        assert report["split_hash"] == intensity.split_hash
+        assert ("model: trained with another split" in report["note"]) == (name == "other")
+    record = {"settings": {"model": "0" * 16, "normalisation": other.to_dict()}, "cases": [c.name for c in cases[:2]]}
+    write_json(tmp_path / "same" / inference.RECORD, record)
+    report, *_ = measure(prepared, tmp_path / "same", "--dataroot", tmp_path / "same" / "only", "--split", "train",
+                         "--overwrite")  # fmt: skip
+    assert report["note"].startswith("synthetic: trained with another split")
 
 
 def test_flicker_counts_jumps_between_slices_alone(cases):
@@ -304,11 +322,16 @@ def test_blurred_slices_are_told_from_real_ones(prepared, cases, tmp_path):
 
 def test_features_of_the_models_own_encoder(intensity):
     model = untrained_model(time_points=15, intensity=intensity)
-    features = quality.load_features("autoencoder", "", RT, model.autoencoder)
+    features = quality.load_features("autoencoder", "", RT, model)
     slices = np.random.default_rng(0).uniform(-1, 1, (5, 2, 46, 48)).astype(np.float32)
     found = features(slices, RT)
     assert found.shape == (5, 3 * quality.GRID**2) and found.std(0).min() > 0
     assert np.allclose(found, features(slices, RT, batch=2), atol=1e-5)
+    # padded with what is background to the model: 0 for z-scores
+    scores = untrained_model(time_points=15, intensity=dataclasses.replace(intensity, normalisation="zscore"))
+    features = quality.load_features("autoencoder", "", RT, scores)
+    padded = np.pad(slices, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    assert np.array_equal(features(slices, RT), features(padded, RT)) and not np.allclose(features(slices, RT), found)
     with pytest.raises(UserError, match="name its run with --model"):
         quality.load_features("autoencoder", "", RT)
 
