@@ -194,6 +194,9 @@ def relocated(run: Path, stage: str, values: dict) -> dict:
         elif isinstance(value, str) and value != "none":
             places = [root / value for root in roots if value]
             found[name] = next((str(place) for place in places if place.exists()), "")
+            if name == "data" and not found[name]:
+                raise UserError(f"--resume {run}: its data, {value}, are not in {' or '.join(map(str, roots))}: name "
+                                "them with paths.data=FOLDER")  # fmt: skip
     return found
 
 

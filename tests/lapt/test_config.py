@@ -1,6 +1,7 @@
 """The command line: YAML files, dot-list and presets, the original's flags and schema, --help, --dry_run, mistakes."""
 
 import json
+import shutil
 import sys
 from dataclasses import fields
 from unittest import mock
@@ -291,7 +292,7 @@ def test_dry_run_at_the_papers_size(stage, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_resume_takes_the_options_of_the_run(prepared):
+def test_resume_takes_the_options_of_the_run(prepared, tmp_path):
     """--resume RUN or a checkpoint in it; the snapshot in configs/ is a file for --base."""
     runs = trained(prepared)
     given = [word for word in words("ldm", prepared, runs) if "=" in word]
@@ -300,6 +301,10 @@ def test_resume_takes_the_options_of_the_run(prepared):
         config = parsed("--resume", path, "--device", "cpu", f"paths.data={prepared}")
         assert config.stage == "ldm" and config.run == (runs / "ldm").resolve()
         assert config.model_channels == known["model_channels"] and config.steps == known["steps"]
+    moved = shutil.copytree(runs / "ldm", tmp_path / "runs" / "ldm")  # away from its data
+    with pytest.raises(cli.UserError, match="its data, .*, are not in .*: name them with paths.data=FOLDER"):
+        parsed("--resume", moved, "--device", "cpu")
+    assert parsed("--resume", moved, f"paths.data={prepared}").data == str(prepared)
     snapshot = merge([runs / "ldm" / "configs" / "ldm.yaml"], [])[1]
     asked = merge([], ["stage=ldm", *given])[1]
     assert all(snapshot[name] == value for name, value in asked.items() if name not in ("data", "steps"))

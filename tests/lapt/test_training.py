@@ -6,6 +6,7 @@ import shutil
 import signal
 from itertools import pairwise
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -201,6 +202,15 @@ def test_a_run_leaves_best_last_config_and_metrics(runs, stage):
         assert str(runs.parent) not in (folder / name).read_text()
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_pictures_are_drawn_and_change_nothing(prepared, runs, whole, tmp_path, stage):
+    """Also of a single held-out item; the weights are those of the run that drew none, bit by bit."""
+    again(stage, prepared, runs, tmp_path, "training.sample_every=1")
+    image = plt.imread(tmp_path / stage / "samples" / "latest.png")
+    assert image.shape[0] > 100 and image.std() > 0.05
+    assert_same_tensors(last(whole, stage), last(tmp_path, stage))
+
+
 SCORES = {  # of two validations, by stage: what selects, and which is the better one
     "vqgan": (vqgan, "evaluate", [({"rec": 0.3}, []), ({"rec": 0.4}, [])], {"": 0}),
     "guide": (segmentation, "evaluate", [({"iou": 0.1}, []), ({"iou": 0.2}, [])], {"": 1}),
@@ -334,7 +344,7 @@ def one_step(model, config, guide, prepared, lesion=True, t=None):
 @pytest.mark.parametrize("weighting", ["snr", "range"])
 @pytest.mark.parametrize(("stage", "target"), [("lapt", "real"), ("lapt", "recon"), ("lapt3d", "real")])
 def test_the_objective_by_hand(prepared, runs, stage, target, weighting):
-    """Every term from its formula, item by item: what is decoded, compared with what, weighted how, segmented how.
+    """Every term and the gradient from the formulas, item by item: what is decoded, compared with what, weighted how.
 
     The second item has no lesion, the third a timestep at which weighting range has no pixel terms.
     """
@@ -354,34 +364,36 @@ def test_the_objective_by_hand(prepared, runs, stage, target, weighting):
     slices, size = model.slices or 1, config.window if model.slices else 1
     noise = torch.randn((3, slices, *model.latent_shape(fold(items["mri"]))[1:]), generator=g)
     u = torch.rand((3, 2), generator=g)
-    with torch.no_grad():
-        found = ldm.training_losses(ldm.Denoiser(model.conditioner, model.unet), model, items, t, noise, u, config,
-                                    ldm.pixel_weights(model, config), guide)  # fmt: skip
+    parameters = [p for p in ldm.learned_parts(model, config).parameters() if p.requires_grad]
+    found = ldm.training_losses(ldm.Denoiser(model.conditioner, model.unet), model, items, t, noise, u, config,
+                                ldm.pixel_weights(model, config), guide)  # fmt: skip
 
-        expected = dict.fromkeys(weights, 0.0)
-        for i, item in enumerate(chosen):
-            x, mask, lesion = (fold(item[name][None]) for name in ("mri", "mask", "lesion"))
-            bar = model.schedule.alphas_bar[t[i]].float()
-            z_0, c = model.encode(x), model.condition(fold(item["ctp"][None]))
-            z_t = bar.sqrt() * z_0 + (1 - bar).sqrt() * noise[i]
-            eps = model.unet(torch.cat([z_t, c], 1), t[i].repeat(slices))
-            start = ldm.choose_windows(items["lesion"][i : i + 1], u[i : i + 1], config)[0] if model.slices else 0
-            part = slice(start, start + size)
-            x_hat = model.decode((z_t / bar.sqrt() - (1 / bar - 1).sqrt() * eps)[part])
-            e = (x_hat - (x if target == "real" else model.decode(z_0))[part]) ** 2
-            snr = bar / (1 - bar)
-            w = min(snr.item(), 5) / 5 if weighting == "snr" else float(t[i] < 600)
-            expected["noise"] += (eps - noise[i]).square().mean() / 3
-            expected["image"] += w * (e * mask[part]).sum() / mask[part].sum() / 3
-            expected["lesion"] += w * (e * lesion[part]).sum() / lesion[part].sum().clamp(min=1) / 3
-            if guide:
-                seen = torch.where(mask[part] > 0, x_hat.clamp(-1, 1), -1.0).permute(1, 2, 3, 0)[None]
-                truth, rule = lesion[part].permute(1, 2, 3, 0)[None], dict(alpha=0.1, beta=0.9, gamma=3.0, smooth=1.0)
-                expected["guide"] += w * losses.guide_loss(guide.model(seen), truth, **rule) / 3
+    expected = dict.fromkeys(weights, 0.0)
+    for i, item in enumerate(chosen):
+        x, mask, lesion = (fold(item[name][None]) for name in ("mri", "mask", "lesion"))
+        bar = model.schedule.alphas_bar[t[i]].float()
+        z_0, c = model.encode(x), model.condition(fold(item["ctp"][None]))
+        z_t = bar.sqrt() * z_0 + (1 - bar).sqrt() * noise[i]
+        eps = model.unet(torch.cat([z_t, c], 1), t[i].repeat(slices))
+        start = ldm.choose_windows(items["lesion"][i : i + 1], u[i : i + 1], config)[0] if model.slices else 0
+        part = slice(start, start + size)
+        x_hat = model.decode((z_t / bar.sqrt() - (1 / bar - 1).sqrt() * eps)[part])
+        e = (x_hat - (x if target == "real" else model.decode(z_0))[part]) ** 2
+        snr = bar / (1 - bar)
+        w = min(snr.item(), 5) / 5 if weighting == "snr" else float(t[i] < 600)
+        expected["noise"] += (eps - noise[i]).square().mean() / 3
+        expected["image"] += w * (e * mask[part]).sum() / mask[part].sum() / 3
+        expected["lesion"] += w * (e * lesion[part]).sum() / lesion[part].sum().clamp(min=1) / 3
+        if guide:
+            seen = torch.where(mask[part] > 0, x_hat.clamp(-1, 1), -1.0).permute(1, 2, 3, 0)[None]
+            truth, rule = lesion[part].permute(1, 2, 3, 0)[None], dict(alpha=0.1, beta=0.9, gamma=3.0, smooth=1.0)
+            expected["guide"] += w * losses.guide_loss(guide.model(seen), truth, **rule) / 3
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value.item(), rel=1e-4), name
-    assert found["loss"].item() == pytest.approx(sum(weights[n] * v.item() for n, v in expected.items()), rel=1e-4)
-    assert min(found[name] for name in expected) > 0
+    total = sum(weights[name] * value for name, value in expected.items())
+    assert found["loss"].item() == pytest.approx(total.item(), rel=1e-4) and min(found[n] for n in expected) > 0
+    for ours, by_hand in zip(*(torch.autograd.grad(x, parameters) for x in (found["loss"], total)), strict=True):
+        assert torch.allclose(ours, by_hand, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
