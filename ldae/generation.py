@@ -31,7 +31,10 @@ def load_model(options, rt: runtime.Runtime) -> model.LDAE:
     if options.sampling == "upstream":
         ldae = ldae.with_sampling(**posterior_gap.UPSTREAM)
     schedulers.respace(ldae.schedule.T, options.steps, ldae.spacing)
-    return ldae
+    if options.inversion_passes and ldae.clip is not None:
+        raise UserError(f"--inversion_passes {options.inversion_passes}: not with a model that clamps, and not with "
+                        "--sampling upstream")  # fmt: skip
+    return ldae.with_sampling(inversion_passes=options.inversion_passes)
 
 
 def select_rows(options, ldae: model.LDAE, scans=()) -> list[dataset.Row]:
@@ -237,9 +240,11 @@ def save_output(
 
 def about_model(ldae: model.LDAE) -> dict:
     """What outputs say about the model: hashes, split, preparation, sampling."""
+    sampling = {name: getattr(ldae, name) for name in model.SAMPLING}
+    if ldae.inversion_passes:
+        sampling["inversion_passes"] = ldae.inversion_passes
     return {"model": ldae.hash, "parts": ldae.hashes, "split": ldae.split_hash,
-            "preparation": ldae.preparation.to_dict(),
-            "sampling": {name: getattr(ldae, name) for name in model.SAMPLING}}  # fmt: skip
+            "preparation": ldae.preparation.to_dict(), "sampling": sampling}  # fmt: skip
 
 
 def centred_affine(prep: preprocess.Preparation) -> np.ndarray:

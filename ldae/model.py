@@ -56,6 +56,7 @@ class LDAE:
     final: str = posterior_gap.FINAL
     clip: float | None = None
     coefficient: str = "training"
+    inversion_passes: int = 0  # of posterior_gap.invert; not stored
 
     @property
     def code_dim(self) -> int:
@@ -132,7 +133,8 @@ class LDAE:
     def invert(self, z_0: torch.Tensor, y: torch.Tensor | None, steps: int) -> torch.Tensor:
         """The stochastic code z_T of z_0 under y; None: under the prior alone."""
         denoise = self.denoiser(y)
-        return posterior_gap.invert(denoise, z_0.to(self.rt.device), self.schedule, steps, **self._how)
+        how = self._how | {"passes": self.inversion_passes}
+        return posterior_gap.invert(denoise, z_0.to(self.rt.device), self.schedule, steps, **how)
 
     @torch.inference_mode()
     def decode(

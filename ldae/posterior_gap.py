@@ -28,6 +28,7 @@ from collections.abc import Callable
 import torch
 
 from common import schedulers
+from common.cli import UserError
 from common.schedulers import Schedule, at
 
 GAMMA = 0.1  # of lambda_t
@@ -119,13 +120,30 @@ def mixed_decoder(decoder: Callable, y_1, y_2, alpha: float) -> Callable:
 # ---- from z_0 to z_T and back ---------------------------------------------------------------------------------------
 
 
-def invert(denoise, z_0, schedule: Schedule, steps: int, *, spacing=SPACING, final=FINAL, clip=None, callback=None):
+def invert(
+    denoise, z_0, schedule: Schedule, steps: int, *, spacing=SPACING, final=FINAL, clip=None, passes=0, callback=None
+):
     """The stochastic code z_T of z_0: deterministic DDIM towards noise; `sample` with the same options gives z_0 again.
 
-    UserError for a number of steps that the spacing does not have.
+    That is exact only for many steps, or with `passes`: each step is then solved for the z from which the sampler
+    steps back to where it came from, by so many more network calls (fixed-point iteration, Pan et al., ICCV 2023).
+    UserError for a number of steps that the spacing does not have, and for `passes` with `clip`.
     """
     timesteps = schedulers.respace(schedule.T, steps, spacing)
-    return schedulers.ddim_invert(denoise, z_0, schedule, timesteps, start=final, clip=clip, callback=callback)
+    if not passes:
+        return schedulers.ddim_invert(denoise, z_0, schedule, timesteps, start=final, clip=clip, callback=callback)
+    if clip is not None:
+        raise UserError("an inversion in several passes cannot undo a clamp: leave one of the two out")
+    z, table = z_0, schedule.alphas_bar.tolist()
+    level = 1.0 if final == "clean" else table[0]
+    for t in reversed(timesteps):
+        if table[t] == level:
+            continue  # final "first" starts where the first step is
+        z_before, ratio = z, (table[t] / level) ** 0.5
+        for _ in range(passes + 1):
+            z = z + ratio * (z_before - schedulers.ddim_sample(denoise, z, schedule, [t], final=level))
+        level = table[t]
+    return z
 
 
 def sample(
@@ -183,12 +201,14 @@ def gaussian_statistics(z: torch.Tensor) -> dict[str, float]:
     return {"mean": mean.item(), "std": std.item(), "kurtosis": kurtosis.item(), "max_abs": z.abs().max().item()}
 
 
-def round_trip(denoise, z_0, schedule: Schedule, steps: int, **how) -> tuple[dict[str, float], torch.Tensor]:
+def round_trip(
+    denoise, z_0, schedule: Schedule, steps: int, passes: int = 0, **how
+) -> tuple[dict[str, float], torch.Tensor]:
     """RMSE of z_0 -> z_T -> z_0 with `gaussian_statistics` of z_T, and that last z_0.
 
-    `how`: options of `invert` and `sample`.
+    `how`: options of `invert` and `sample`; passes: of `invert`.
     """
-    z_T = invert(denoise, z_0, schedule, steps, **how)
+    z_T = invert(denoise, z_0, schedule, steps, passes=passes, **how)
     z_0_again = sample(denoise, z_T, schedule, steps, **how)
     rmse = (z_0_again - z_0).double().square().mean().sqrt().item()
     return {"rmse": rmse} | gaussian_statistics(z_T), z_0_again

@@ -36,13 +36,14 @@ class ModelOptions(CommonOptions):
     root: str = option(str(HERE), "study folder that default paths hang off", group="paths")
     model_path: str = option("", "network of stage 3; empty: ROOT/runs/ldae_repr_learn/checkpoints/best.ckpt", group="paths")
     steps: int = option(100, "steps of inversion, and of sampling", group="sampling")
+    inversion_passes: int = option(0, "more network calls per step of the inversion, with which its sampling comes back exactly in few steps, too", group="sampling")
     sampler: str = option("ddim", "sampler of what starts from fresh noise; an inferred z_T goes back by ddim", choices=SAMPLERS, group="sampling")
     sampling: str = option("model", "step grid, clamp and guidance: as stored with the model, or as in the original", choices=("model", "upstream"), group="sampling")
     batch_size: int = option(8, "volumes decoded together on a GPU; a CPU takes them one by one, to be exact", unit="volumes", group="sampling")
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch_size < 1 or self.seed < 0:
-            raise UserError("--steps and --batch_size must be at least 1, --seed 0 or more")
+        if min(self.steps, self.batch_size) < 1 or min(self.seed, self.inversion_passes) < 0:
+            raise UserError("--steps and --batch_size must be at least 1, --seed and --inversion_passes 0 or more")
         self.model_path = self.model_path or str(Path(self.root) / "runs" / "ldae_repr_learn" / "checkpoints" / "best.ckpt")
 
 

@@ -120,14 +120,15 @@ class Work:
 
     def save(self, name, x, record, *, row=None, affine=None, compare=None):
         """Write one output; with `row` on the grid of that scan if --grid says so."""
-        from ldae import dataset, generation
+        from ldae import dataset, generation, preprocess
 
         native = None
         if row is not None:
-            affine = self.volumes.affine(row)
-            native = self.volumes.native(row) if self.options.grid == "native" else None
+            source = self.volumes.native(row)
+            plan = preprocess.plan(source, self.ldae.preparation)
+            affine, native = plan.prepared_affine, source if self.options.grid == "native" else None
             about = {"scan": row.scan, "input": row.path.name, INPUT_HASHES[0]: dataset.file_hash(row.path)}
-            record = about | record
+            record = about | {"prepared": plan.to_dict()} | record
         generation.save_output(self.out, name, x, self.about | self.settings | record, self.ldae.preparation,
                                affine=affine, native=native, compare=compare)  # fmt: skip
         self.written += 1

@@ -91,6 +91,9 @@ def test_reconstruct_writes_volumes_that_line_up_with_their_input(cohort, tmp_pa
         assert (record["mode"], record["scan"], record["steps"], record["seed"]) == ("reconstruct", SCAN, 5, 0)
         assert record["model"] == ldae.hash and record["split"] == ldae.split_hash
         assert record["shape"] == list(SHAPE) and np.allclose(record["affine"], source.affine)
+        plan = preprocess.plan(source, ldae.preparation)  # how this scan was prepared: its range and its crop
+        assert record["prepared"]["high"] == pytest.approx(plan.high) and record["prepared"]["start"] == [0, 0, 0]
+        assert record["preparation"] == ldae.preparation.to_dict() and record["input_hash"]
         assert set(record["metrics"]) <= set(record["definitions"]) and "window 11" in record["definitions"]["ssim"]
         assert (out / f"{name}.png").stat().st_size > 1000
     assert {"z_mean", "z_std", "z_kurtosis", "z_max_abs"} == set(sidecar(out, f"{SCAN}_encoded")["z_T"])
@@ -284,6 +287,20 @@ def test_the_same_whatever_the_number_of_scans(cohort, tmp_path):
     alone = outputs(run(root, tmp_path / "a", "reconstruct", "--scans", LATER, "--kinds", "y_only"))
     both = outputs(run(root, tmp_path / "b", "reconstruct", "--scans", SCAN, LATER, "--kinds", "y_only"))
     assert alone.items() <= both.items() and len(set(both.values())) == 2
+
+
+def test_an_exact_inversion_is_an_option(cohort, tmp_path):
+    """With passes the encoded reconstruction is the autoencoder's, in five steps; outputs say so, and it is refused
+    where it cannot be."""
+    root, words = ready(cohort), ("--scans", SCAN, "--kinds", "aekl", "encoded", "--grid", "model")
+    plain = run(root, tmp_path / "plain", "reconstruct", *words)
+    exact = run(root, tmp_path / "exact", "reconstruct", *words, "--inversion_passes", 12)
+    lost = [np.abs(volume(out, f"{SCAN}_encoded").data - volume(out, f"{SCAN}_aekl").data).max()
+            for out in (plain, exact)]  # fmt: skip
+    assert lost[1] < 0.05 * lost[0]
+    assert sidecar(exact, f"{SCAN}_encoded")["sampling"]["inversion_passes"] == 12
+    with pytest.raises(UserError, match="not with a model that clamps"):
+        run(root, tmp_path / "x", "reconstruct", *words, "--inversion_passes", 1, "--preset", "upstream")
 
 
 def test_upstream_sampling_is_an_option(cohort, tmp_path):
