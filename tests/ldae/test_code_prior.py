@@ -115,6 +115,8 @@ def test_run_folder_and_file(root):
     """Fact 28 for this file: safe to load; split, codes and encoder are part of it."""
     saved = checkpoint.load(best(root))
     assert saved["network"] == "ldae code_prior" and saved["split"] == "a" * 16 and saved["n"] == 90
+    train = torch.from_numpy(synthetic_codes()[:90])  # statistics of the training subjects alone
+    assert torch.allclose(saved["mean"], train.mean(0)) and torch.allclose(saved["std"], train.std(0))
     rows = [json.loads(line) for line in (root / "runs/code_prior/log.jsonl").read_text().splitlines()]
     val = [row["loss"] for row in rows if row["kind"] == "val"]
     assert len(val) == 4 and saved["scores"]["loss"] == min(val)

@@ -1,6 +1,7 @@
 """dataset.py: what a table must have, clear errors, sessions, classes, cached volumes."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,6 +122,15 @@ def test_labels_and_ages(cohort):
     labels = dataset.labels(rows, dataset.CLASSES)
     assert labels.dtype == np.int64 and labels.tolist()[:9] == [1, 1, 1, 0, 0, 0, 2, 2, 2]
     assert dataset.ages(rows).dtype == np.float32 and 60 <= dataset.ages(rows).min() < dataset.ages(rows).max() <= 91
+
+
+def test_the_cache_keeps_preparations_apart(cohort, prep, tmp_path):
+    """One cache folder serves all stages: what one preparation left there is nothing to another."""
+    row = dataset.read_table(cohort / "data/dataset.csv")[0]
+    others = {"intensity": "minmax"}, {"mask": "head"}, {"shape": (12, 16, 12)}, {"spacing_mm": 10.0}
+    for change in ({}, *others):
+        own = replace(prep, **change)
+        np.testing.assert_array_equal(dataset.Volumes(own, tmp_path).load(row), dataset.Volumes(own, None).load(row))
 
 
 def test_volumes_are_cached_and_follow_the_file(cohort, prep, tmp_path, monkeypatch):

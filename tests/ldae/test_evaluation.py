@@ -10,7 +10,7 @@ from skimage.metrics import structural_similarity
 
 from common import metrics, nifti, runtime
 from common.cli import UserError
-from ldae import dataset, evaluation, generation, model
+from ldae import dataset, evaluation, generation, model, representation
 from ldae.scripts import config, reconstruction_table
 from tests.helpers import run_main, two_ranks
 from tests.ldae import stages
@@ -137,6 +137,26 @@ def test_the_untrained_control_is_an_untrained_network():
     warning = evaluation.control_warnings(evaluation.summarise(rows(ldae), 0))
     assert len(warning) == 1 and "equals that of an untrained network" in warning[0]
     assert not evaluation.control_warnings(evaluation.summarise(rows(lively), 0))
+
+
+def test_intervals_draw_subjects():
+    """Three scans of a person are not three people: copies of every scan leave the interval as it is."""
+    values = np.random.default_rng(0).random(8)
+
+    def table(copies):
+        return evaluation.summarise([
+            {"scan": f"{k}_{c}", "subject": str(k), "row": "y_only", "steps": 5, "mse": value}
+            for k, value in enumerate(values) for c in range(copies)
+        ], 0)[0]["mse"]  # fmt: skip
+
+    once, thrice = table(1), table(3)
+    assert (once["n"], thrice["n"]) == (8, 24) and thrice["ci95"] == pytest.approx(once["ci95"])
+    assert once["ci95"][1] - once["ci95"][0] > 0.2
+    curves = {"loss_with": np.repeat(values, 3)[:, None], "loss_without": np.ones((24, 1))}
+    gap = representation.summarise_gap(curves, [str(k) for k in range(8) for _ in range(3)])
+    alone = representation.summarise_gap({k: v[::3] for k, v in curves.items()}, [str(k) for k in range(8)])
+    assert gap["loss_with"]["ci95"] == pytest.approx(alone["loss_with"]["ci95"])
+    assert gap["fraction"] == pytest.approx(1 - values.mean())
 
 
 def test_a_code_that_says_nothing_is_warned_of():

@@ -165,6 +165,10 @@ def test_fit_validate_test_predict(study, stage):
     saved = checkpoint.load(folder / "checkpoints/best.ckpt")
     assert saved["network"] == f"ldae {stage}" and saved["split"] == split and list((folder / "samples").glob("*.png"))
     used = checkpoint.load(folder / "checkpoints/last.ckpt")["config"]["scans"]
+    if stage == "regression":  # scaled with ages of training subjects alone
+        ages = [row.age for row in part_of(study, "train") if row.scan != scan]
+        assert saved["target"]["mean"] == pytest.approx(np.mean(ages), rel=1e-6)
+        assert saved["target"]["scale"] == pytest.approx(np.std(ages), rel=1e-6)
     assert stage == "classification" or scan not in used
     for verb, part in (("validate", "val"), ("test", "test")):
         run(stage, study, "--csv_path", table, verb=verb)

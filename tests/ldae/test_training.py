@@ -202,6 +202,20 @@ def test_latents_of_another_split_or_autoencoder_are_refused(done, tmp_path, sta
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_networks_of_another_split_are_not_judged(done, tmp_path, stage):
+    """Its test subjects may be among those that the network was trained with."""
+    root = shutil.copytree(done, tmp_path / "study")
+    (root / "split.json").unlink()
+    for verb in ("test", "validate"):
+        with pytest.raises(UserError, match="was trained with split .*: name the split it belongs to with --split"):
+            stages.run(stage, root, "--split_seed", 7, verb=verb)
+        assert not (root / "runs" / stage / f"{verb}.json").exists()
+    if stage == "ldae_repr_learn":  # the prior's predict takes no scans
+        with pytest.raises(UserError, match="was trained with split"):
+            stages.run(stage, root, "--split_seed", 7, verb="predict")
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_no_pickle_and_no_absolute_path_in_what_is_written(done, stage):
     """Fact 28: files load with weights_only; settings name no folder of this machine."""
     for path in (last(done, stage), best(done, stage)):
