@@ -83,6 +83,9 @@ def test_other_options_are_refused_and_restart_begins_anew(done, tmp_path, stage
         stages.run(stage, root, "--lr", 2e-3)
     with pytest.raises(UserError, match="seed: 42 before, 5 now"):
         stages.run(stage, root, "--seed", 5)
+    option, value = {"ldae_pretrain": ("beta_end", 0.2), "ldae_repr_learn": ("gamma", 0.3)}[stage]
+    with pytest.raises(UserError, match=f"{option}: .* before, {value} now"):  # the objective is part of a run
+        stages.run(stage, root, f"--{option}", value)
     stages.run(stage, root, "--num_workers", 1)  # free to change; and the run is complete: nothing happens
     assert last(root, stage).read_bytes() == kept
     stages.run(stage, root, "--lr", 2e-3, "--restart", "--max_steps", 2)
