@@ -165,6 +165,16 @@ def test_ct_only_and_lesion_free_cases(cohort, raw_cases, tmp_path, capsys):
     assert free.lesion_ml == 0 and free.volume("lesion").sum() == 0
 
 
+def test_a_ct_without_contrast_is_a_series_of_one(raw_cases, tmp_path):
+    for case in raw_cases.iterdir():
+        ctp = nifti.load(case / "ctp.nii.gz", series=True)
+        nifti.save(case / "ctp.nii.gz", ctp.data[0], ctp.affine)
+    folder = prepare(raw_cases, tmp_path / "out")
+    intensity = dataset.Intensity.of_folder(folder)
+    assert intensity.time_points == 1
+    assert dataset.Slices(folder, "train", intensity)[0]["ctp"].shape == (1, 48, 48)
+
+
 def test_layout_of_the_volume_release(raw_cases, tmp_path):
     """<patient>/<date>/<series> with ctp_mask.nii.gz; the patient is the first part, its studies stay together."""
     places = {"case_0001": "p_1/2020-01-01/s1", "case_0002": "p_1/2021-01-01/s1", "case_0003": "p_2/2020-01-01/s1"}
