@@ -59,6 +59,7 @@ PRESETS = {
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__, presets=PRESETS)
+    check(options)
     from common import runtime
     from common.runlog import git_revision
 
@@ -74,6 +75,18 @@ def main() -> None:
         results |= claim_interpolation(options, root, rt)
         results |= claim_speed(options, root, rt)
         finish(options, results, time.time() - started, revision)
+
+
+def check(options: Options) -> None:
+    """UserError for sizes with which a claim cannot be asked."""
+    for name in ("aekl_steps", "prior_steps", "repr_steps", "n_edit", "n_interpolate", "steps", "bench_steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
+    if len(options.sessions) < 3:
+        raise UserError(f"--sessions {' '.join(map(str, options.sessions))}: a session between two others needs three")
+    if options.n_table <= len(options.sessions):
+        raise UserError(f"--n_table {options.n_table}: give more than the {len(options.sessions)} sessions of a "
+                        "subject, so that there is another subject's code to compare with")  # fmt: skip
 
 
 def make_cohort(options: Options) -> Path:
