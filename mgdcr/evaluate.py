@@ -13,8 +13,6 @@ Wilcoxon tests against the best interpolation, indices with Bland-Altman).
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,20 +346,6 @@ def summarise(rows: list[dict], by_subject: dict[str, dict]) -> dict:
     return out
 
 
-def write_scores(path: Path, rows: list[dict]) -> None:
-    """CSV, one line per row; a score that a row lacks stays empty."""
-    from common.checkpoint import replacing
-
-    text = io.StringIO()
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    for row in rows:
-        table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
-
-
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     from common import runtime
@@ -374,6 +358,7 @@ def evaluate(options: Options, rt) -> None:
     """Score all chosen subjects, shared out over the ranks, and write both files."""
     from types import SimpleNamespace
 
+    from common import tables
     from common.runlog import write_json
     from mgdcr import inverse, objective, study
 
@@ -411,7 +396,7 @@ def evaluate(options: Options, rt) -> None:
     rows, by_subject = [row for part, _ in parts for row in part], {k: v for _, part in parts for k, v in part.items()}
     if rt.is_main:
         rows.sort(key=lambda row: (row["subject"], row["frame"], row["left_out"], row["method"]))
-        write_scores(out / "scores.csv", rows)
+        tables.write_csv(out / "scores.csv", rows, digits=6)
         write_json(out / "summary.json", summarise(rows, by_subject))
         rt.print(f"{len(rows)} rows in {out / 'scores.csv'}, means in {out / 'summary.json'}")
 

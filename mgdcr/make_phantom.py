@@ -18,8 +18,6 @@ leaves the others as they were, and noise or shifts change nothing but the scans
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,18 +317,6 @@ def function(rows: list[dict]) -> dict:
     return {"ed_frame": ed, "es_frame": es, "edv_ml": edv, "esv_ml": esv, "ef": (edv - esv) / edv}
 
 
-def write_truth(path: Path, rows: list[dict]) -> None:
-    from common.checkpoint import replacing
-
-    text = io.StringIO()
-    table = csv.DictWriter(text, rows[0], lineterminator="\n")
-    table.writeheader()
-    for row in rows:
-        table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
-
-
 def check(options: Options) -> None:
     """UserError for options that no cohort can have, and where a cohort would be overwritten."""
     if not 0 < options.n_subjects < 1000 or options.seed < 0:
@@ -357,6 +343,7 @@ def check(options: Options) -> None:
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     check(options)
+    from common import tables
     from common.runlog import progress, write_json
 
     rows, subjects = [], []
@@ -366,7 +353,7 @@ def main() -> None:
             rows, subjects = rows + more, [*subjects, subject]
             bar.update()
     out = Path(options.out)
-    write_truth(out / "truth.csv", rows)
+    tables.write_csv(out / "truth.csv", rows, digits=6)
     record = {"source": "phantom", "labels": LABELS, "views_deg": VIEWS}
     told = set(cli.to_dict(options)) - {"out", "device", "precision", "num_workers", "overwrite"}
     record["options"] = {k: v for k, v in cli.to_dict(options).items() if k in told}

@@ -588,14 +588,15 @@ def draw(options: Options, table: list[Volumes]) -> None:
 def finish(options: Options, results: dict, methods: list[dict], table: list[Volumes], seconds: float,
            revision: str | None) -> None:  # fmt: skip
     """results.json, scores.csv and both tables."""
+    from common import tables
     from common.runlog import write_json
-    from mgdcr.evaluate import write_scores
 
     out = Path(options.out)
-    write_scores(out / "scores.csv", [
+    rows = [
         {"subject": entry.heart, "frame": entry.frame, "method": name} | entry.scores(name)
         for entry in table for name in entry.volumes
-    ])  # fmt: skip
+    ]  # fmt: skip
+    tables.write_csv(out / "scores.csv", rows, digits=6)
     record = {"options": cli.to_dict(options), "git_revision": revision, "seconds": round(seconds), "data": "phantom",
               "methods": methods, "claims": results}  # fmt: skip
     write_json(out / "results.json", json.loads(json.dumps(record, default=float)))
