@@ -64,8 +64,11 @@ def test_contrast_is_paired_by_seed_and_leaves_patients_without_lesion_out():
 @pytest.mark.parametrize("lesion,dice,brain,passed", [(-1, 0.1, 0.01, (True, True, True)),
                                                       (1, -0.1, 0.03, (False, False, False))])  # fmt: skip
 def test_benefit_is_judged_by_the_sign_and_the_margin(lesion, dice, brain, passed):
-    plain = table(lesion_mae=[10, 10], dice=[0.5, 0.5], dice_guide=[0.5, 0.5], auc=[0.9, 0.9], mae=[4, 4])
+    apart = dict(adc_lesion_mae=[200, 200], dwi_lesion_mae=[30, 30])
+    plain = table(**apart, lesion_mae=[10, 10], dice=[0.5, 0.5], dice_guide=[0.5, 0.5], auc=[0.9, 0.9], mae=[4, 4])
     ours = table(
+        adc_lesion_mae=[200 + 20 * lesion] * 2,
+        dwi_lesion_mae=[30, 30],
         lesion_mae=[10 + lesion] * 2,
         dice=[0.5 + dice] * 2,
         dice_guide=[0.5] * 2,
@@ -75,6 +78,9 @@ def test_benefit_is_judged_by_the_sign_and_the_margin(lesion, dice, brain, passe
     tables = {"ldm": plain} | {f"{arm}_{s}": x for s in (1, 2, 3) for arm, x in (("plain", plain), ("lapt", ours))}
     results = reproduce.claim_benefit(reproduce.Options(seeds=(1, 2, 3), ablation_seeds=(1,)), tables)
     assert tuple(row["passed"] for row in results.values()) == (*passed, None)
+    first = next(iter(results.values()))  # ADC and DWI in their own units beside their mean
+    assert first["values"]["adc"]["mean"] == 20 * lesion and first["values"]["dwi"]["mean"] == 0
+    assert f"ADC 200.0 -> {200 + 20 * lesion:.1f}" in first["ours"]
 
 
 def test_auc_is_the_chance_of_a_higher_score():
