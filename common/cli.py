@@ -95,6 +95,8 @@ def _parse(config_class, argv, description, presets):
                 raise UserError(f"{source}: unknown option {name}{_suggest(name, specs)}")
             where = f"{source}: {name}" if source else f"--{name}"
             values[name] = _convert(where, specs[name], value, text=source in ("", "--set"))
+    if values.get("num_workers", 0) < 0:  # here, as the papers' classes have their own __post_init__
+        raise UserError(f"--num_workers {values['num_workers']}: 0 loads in this process, more in as many others")
     return config_class(**values)
 
 

@@ -171,3 +171,9 @@ def test_run_turns_user_errors_into_one_line(capsys):
 def test_only_rank_0_speaks_without_a_launcher_store(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert ends_with(cli.UserError("x"), capsys) == (2, "")
+
+
+def test_a_negative_number_of_workers_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(cli.CommonOptions, ["--num_workers", "-1"], description="")
+    assert stop.value.code == 2 and "--num_workers -1" in capsys.readouterr().err
