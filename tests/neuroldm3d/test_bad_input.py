@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint, cli, nifti
+from common import checkpoint, cli, nifti, tables
 from neuroldm3d import audit, data_split, dataset, from_labels, make_phantom, prepare_nii, reproduce
 from neuroldm3d.classifier import generate_saliency_maps, run_saliency_generation
 from neuroldm3d.classifier import run as classifier_run
@@ -223,12 +223,12 @@ def relabel(path, label):
     """The last row gets another label in the column that is read."""
     columns, rows = dataset.read_csv(path)
     rows[-1][dataset.LABEL_COLUMN] = label
-    make_phantom.write_table(path, rows)
+    tables.write_csv(path, rows)
 
 
 def blank(path):
     _, rows = dataset.read_csv(path)
-    make_phantom.write_table(path, [row | {dataset.LABEL_COLUMN: ""} for row in rows])
+    tables.write_csv(path, [row | {dataset.LABEL_COLUMN: ""} for row in rows])
 
 
 def repeat(path):
@@ -275,7 +275,7 @@ def share_a_subject(root, a, b):
     """The last subject of table a gets the id of one of b."""
     _, rows = dataset.read_csv(root / f"data_csvs/{a}.csv")
     rows[-1][dataset.SUBJECT_COLUMN] = dataset.read_csv(root / f"data_csvs/{b}.csv")[1][0][dataset.SUBJECT_COLUMN]
-    make_phantom.write_table(root / f"data_csvs/{a}.csv", rows)
+    tables.write_csv(root / f"data_csvs/{a}.csv", rows)
 
 
 @pytest.mark.parametrize(
