@@ -78,8 +78,8 @@ class Options(CommonOptions):
 
 PRESETS_HERE = {
     "phantom": {},
-    "smoke": dict(n_cases=84, vqgan_steps=1400, ldm_steps=2400, extra_steps=150, guide_steps=100, ldm3d_steps=60,
-                  extra_steps_3d=30, seeds=(1, 2, 3), ablation_seeds=(1,), sample_steps=10),
+    "smoke": dict(n_cases=84, vqgan_steps=1000, ldm_steps=1600, extra_steps=100, guide_steps=60, ldm3d_steps=60,
+                  extra_steps_3d=30, seeds=(1, 2), ablation_seeds=(1,), sample_steps=10),
 }  # fmt: skip
 
 
