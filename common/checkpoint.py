@@ -109,11 +109,11 @@ def renamed_keys(model, children):
     return keys
 
 
-def load_renamed(model, state, names, known, assign=False):
+def load_renamed(model, state, names, known, assign=False, partial=False):
     """Load `state` under foreign names: names {our key: theirs}, `known`: all of their keys that may be there.
 
-    Entries of ours that have no name there stay as they are. Otherwise strict: UserError names missing, unexpected and
-    differently shaped entries. assign: take over the tensors instead of copying them.
+    Strict: UserError names missing, unexpected and differently shaped entries. assign: take over the tensors instead of
+    copying them. partial: entries of ours that have no name there stay as they are.
     """
     own = model.state_dict()
     problems = [f"no {key}" for key in names.values() if key not in state]
@@ -127,7 +127,8 @@ def load_renamed(model, state, names, known, assign=False):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         listed = ", ".join(problems[:3]) + more
         raise UserError(f"weights do not fit {type(model).__name__}: {listed}; check the model options")
-    model.load_state_dict(own | {ours: state[theirs] for ours, theirs in names.items()}, assign=assign)
+    loaded = {ours: state[theirs] for ours, theirs in names.items()}
+    model.load_state_dict(own | loaded if partial else loaded, assign=assign)
 
 
 def load_weights(module, state_dict, path):

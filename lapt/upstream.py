@@ -208,7 +208,7 @@ def load(model: nn.Module, state_dict: dict[str, Tensor], assign: bool = False) 
         if model.average is not None:
             load(model.average, averaged_unet(averages, model.average), assign)
     names = key_map(model)
-    common.checkpoint.load_renamed(model, state, names, set(names.values()), assign)
+    common.checkpoint.load_renamed(model, state, names, set(names.values()), assign, partial=True)
     return model
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from functools import lru_cache
@@ -105,3 +106,13 @@ def interrupted(stage, logdir, command, number, step, delay_s=0.0):
 def _run(command):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_main(main, *command)
+
+
+def of_another_split(prepared, folder):
+    """A copy of the prepared data in which a training and a test patient have changed places in the lists."""
+    data = shutil.copytree(prepared, folder)
+    lists = {name: json.loads((data / f"splits/{name}_list.json").read_text()) for name in ("train", "test")}
+    lists["train"][0], lists["test"][0] = lists["test"][0], lists["train"][0]
+    for name, patients in lists.items():
+        (data / f"splits/{name}_list.json").write_text(json.dumps(sorted(patients)))
+    return data

@@ -9,7 +9,7 @@ import pytest
 from common import checkpoint
 from common.cli import UserError
 from tests.helpers import run_script
-from tests.lapt.stages import STAGES, again, best, earlier, last, trained, words
+from tests.lapt.stages import STAGES, again, best, earlier, last, of_another_split, trained, words
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +66,7 @@ def test_stages_that_do_not_fit_together(prepared, runs, tmp_path):
 @pytest.mark.parametrize("stage", ["ldm", "lapt3d"])
 def test_networks_of_another_split(prepared, runs, tmp_path, stage):
     """Training patients of an earlier stage could be among the test patients here."""
-    data = shutil.copytree(prepared, tmp_path / "data")
-    lists = {name: json.loads((data / f"splits/{name}_list.json").read_text()) for name in ("train", "test")}
-    lists["train"][0], lists["test"][0] = lists["test"][0], lists["train"][0]
-    for name, patients in lists.items():
-        (data / f"splits/{name}_list.json").write_text(json.dumps(sorted(patients)))
+    data = of_another_split(prepared, tmp_path / "data")
     refused(stage, data, runs, tmp_path / "out", "split")  # the statistics belong to the old split
     done = run_script(["lapt/data_split.py", "--data", data, "--keep_lists"])
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,5 @@
 """All stages: the same result however a run is cut, killed, resumed or shared by ranks; what training may change."""
 
-import json
 import random
 import shutil
 import signal
@@ -28,6 +27,7 @@ from tests.lapt.stages import (
     interrupted,
     last,
     log_rows,
+    of_another_split,
     trained,
     words,
 )
@@ -481,11 +481,7 @@ def one_step_ldm(model, config, prepared):
 @pytest.mark.parametrize("stage", ["vqgan", "guide", "lapt"])
 def test_the_test_pass_refuses_another_split(prepared, runs, tmp_path, stage):
     """Somebody splits anew after the training: patients who trained the network would be tested."""
-    data = shutil.copytree(prepared, tmp_path / "data")
-    lists = {name: json.loads((data / f"splits/{name}_list.json").read_text()) for name in ("train", "test")}
-    lists["train"][0], lists["test"][0] = lists["test"][0], lists["train"][0]
-    for name, patients in lists.items():
-        (data / f"splits/{name}_list.json").write_text(json.dumps(sorted(patients)))
+    data = of_another_split(prepared, tmp_path / "data")
     run_main(data_split, "--data", data, "--keep_lists")
     copy = shutil.copytree(runs / stage, tmp_path / stage)
     with pytest.raises(UserError, match="was trained with split .*paths.data"):
