@@ -19,7 +19,7 @@ STAGES = ("vqgan", "guide", "ldm", "lapt", "ldm3d", "lapt3d")
 AUGMENTATIONS = ("none", "plausible", "strong", "upstream", "upstream3d")
 SECTIONS = ("general", "paths", "data", "model", "loss", "diffusion", "training")  # of the YAML files: option groups
 NOT_NEGATIVE = (
-    "num_workers", "max_steps", "epochs", "steps", "base_learning_rate", "grad_clip", "ema_start", "patience", "val_items",
+    "max_steps", "epochs", "steps", "base_learning_rate", "grad_clip", "ema_start", "patience", "val_items",
     "sample_every", "save_every", "weight_decay",
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ POSITIVE = (  # at least 1, every number of them
     "code_dim", "encoder_heads", "max_slices", "sample_steps", "n_samples", "bootstrap",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "max_steps", "num_workers", "steps", "lr", "lr_d", "lr_encoder", "grad_clip", "weight_decay", "patience",
+    "max_steps", "steps", "lr", "lr_d", "lr_encoder", "grad_clip", "weight_decay", "patience",
     "sample_every", "save_every", "ema_start", "adv_start", "kl_weight", "perceptual_weight", "adv_weight",
 )  # fmt: skip
 SHARES = ("ema_decay", "dropout", "encoder_dropout", "drop_path")  # 0 or more and less than 1

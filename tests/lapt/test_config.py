@@ -245,7 +245,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path, capsys, text, message):
         ("--base ldm model.head_channels=0", "model.head_channels 0: sizes"),
         ("--base ldm training.lr=-1", "training.lr -1.0: must be above 0"),
         ("--base ldm training.steps=-5", "training.steps -5: must be 0 or more"),
-        ("--base ldm --num_workers -1", "general.num_workers -1: must be 0 or more"),
+        ("--base ldm --num_workers -1", "--num_workers -1: 0 loads in this process"),
         ("--base ldm training.epochs=0", "are both 0: give the training a length"),
         ("--base ldm3d data.size=[190,224,32] --dry_run --device cpu", "must be multiples of 16"),
         ("--base lapt diffusion.sample_steps=5000 --dry_run --device cpu", "5000 sampling steps: choose 1 to 1000"),
