@@ -44,6 +44,14 @@ def replacing(path):
         raise
 
 
+def file_hash(path, digits=16):
+    """The first `digits` of a file's SHA-256, hexadecimal, which records know it by; UserError if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:digits]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); correct the path") from error
+
+
 def save(path, state):
     """Write the dict `state` to `path`; raises TypeError naming the key of anything but tensors and plain values."""
     _check_plain(state, "")

@@ -337,13 +337,32 @@ def ddim_invert(
 
     A step calls the network with the time it starts from (0 at first), with at_target the time it leads to (what
     DDIMInverseScheduler of diffusers does). end: alpha_bar of one more step from the noisiest timestep; 0.0 returns the
-    noise predicted there (DiffAE).
+    noise predicted there (DiffAE). Sampling leads back to x_0 nearly; exactly after `ddim_undo`.
     """
     times, levels = _levels(schedule, timesteps, start)
     up, levels = times[::-1], levels[::-1] + ([] if end is None else [end])
     calls = [*up, up[-1]] if at_target else [0, *up]
     steps = [step for step in zip(calls, levels, levels[1:], strict=False) if step[1] != step[2]]  # none from 0 to 0
     return _ddim(denoise, x_0, schedule, steps, clip=clip, callback=callback)
+
+
+def ddim_undo(denoise, x_0, schedule, timesteps=None, *, start="clean", rounds=1, clip=None):
+    """Noise code that ddim_sample(..., timesteps, final=start) leads back to x_0 (B, ...), exactly for many `rounds`.
+
+    Each step is solved for the state it came from by so many fixed-point iterations (Pan et al., ICCV 2023), one
+    network call each; for predicted noise a single one is ddim_invert(at_target=True). The step that ends at alpha_bar
+    1 is solved without `clip`, whose range x_0 has.
+    """
+    times, levels = _levels(schedule, timesteps, start)
+    x = x_0.to(_dtype(x_0))
+    for t, level, level_to in reversed(list(zip(times, levels, levels[1:], strict=False))):
+        if level == level_to:
+            continue  # start "first" is where the first step is
+        target, ratio = x, (level / level_to) ** 0.5
+        step, bound = [(t, level, level_to)], None if level_to == 1 else clip
+        for _ in range(rounds):
+            x = x + ratio * (target - _ddim(denoise, x, schedule, step, clip=bound))
+    return x
 
 
 def dpmpp_2m_sample(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import nifti, runtime, schedulers, training
+from common import checkpoint, nifti, runtime, schedulers, training
 from common.cli import UserError
 from common.runlog import git_revision, progress, write_json
 from lapt import dataset, lesions, raw
@@ -112,7 +112,7 @@ def prepared_studies(folder: Path, split: str) -> list[tuple[str, Callable[[], S
 
 
 def _fingerprint(**paths: Path) -> dict:
-    return {key: {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+    return {key: {"file": path.name, "sha256": checkpoint.file_hash(path)}
             for key, path in paths.items()}  # fmt: skip
 
 

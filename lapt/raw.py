@@ -8,7 +8,6 @@ registration of DWI and ADC to it (see lapt/isles.py for commands).
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from common import nifti
+from common import nifti, tables
 from common.cli import UserError
 
 IMAGES = ("ctp", "dwi", "adc", "mask", "lesion")
@@ -116,16 +115,10 @@ def read_table(path: str | Path) -> list[Source]:
     Paths are absolute or count from the table's folder. UserError for missing columns, blank or repeated cases.
     """
     path = Path(path)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns, rows = reader.fieldnames or (), list(reader)
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no CSV table in UTF-8 ({error}); give one with the columns case, ctp") from error
+    columns, rows = tables.read_csv(path, f"give one with the columns case, patient, {', '.join(IMAGES)}")
     absent = [column for column in ("case", "ctp") if column not in columns]
-    if absent or not rows:
-        raise UserError(f"{path} has no {'column ' + ', '.join(absent) if absent else 'rows'}; add it: case, patient, "
-                        f"{', '.join(IMAGES)}")  # fmt: skip
+    if absent:
+        raise UserError(f"{path} has no column {', '.join(absent)}; add it: case, patient, {', '.join(IMAGES)}")
     sources = []
     for number, row in enumerate(rows, 2):
         name = (row["case"] or "").strip()

@@ -316,9 +316,11 @@ def contrast(options: Options, tables: dict, arm: str, reference: str, column: s
     pairs = [(tables[f"{arm}_{s}"], tables[reference if reference in tables else f"{reference}_{s}"]) for s in seeds]
     differences = np.array([ours[column] - theirs[column] for ours, theirs in pairs])
     base = np.nanmean([theirs[column] for _, theirs in pairs])
-    found = interval(differences.mean(0), options.seed)
+    per_patient = differences.mean(0)
+    found = interval(per_patient, options.seed)
     found |= {
         "relative": found["mean"] / base if base else float("nan"),
+        "n_lower": int((per_patient < 0).sum()),
         "per_seed": np.nanmean(differences, 1).tolist(),
     }
     found["ours"], found["reference"] = float(np.nanmean([ours[column] for ours, _ in pairs])), float(base)
@@ -330,7 +332,8 @@ def told(found: dict, digits: int = 2) -> str:
     seeds = ", ".join(f"{value:+.{digits}f}" for value in found["per_seed"])
     share = f"{100 * found['relative']:+.1f} %; " if np.isfinite(found["relative"]) else ""
     return (f"{found['reference']:.{digits}f} -> {found['ours']:.{digits}f}: {found['mean']:+.{digits}f} "
-            f"[{low:+.{digits}f}, {high:+.{digits}f}] ({share}by seed {seeds})")  # fmt: skip
+            f"[{low:+.{digits}f}, {high:+.{digits}f}] ({share}by seed {seeds}; lower in {found['n_lower']} of "
+            f"{found['n']} patients)")  # fmt: skip
 
 
 def compared(options: Options, tables: dict, arms, reference: str) -> dict:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import nifti, tables
+from common import checkpoint, nifti, tables
 from common.cache import VolumeCache
 from common.cli import UserError
 from ldae import preprocess
@@ -57,17 +57,9 @@ def stem(path: str | Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
 
 
-def file_hash(path: Path) -> str:
-    """Sixteen hex digits of a file's content; UserError if it cannot be read."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); correct the path") from error
-
-
 def fingerprint(rows: list[Row]) -> str:
     """Sixteen hex digits of the names and files of these scans, in their order."""
-    text = "\n".join(f"{row.scan} {file_hash(row.path)}" for row in rows)
+    text = "\n".join(f"{row.scan} {checkpoint.file_hash(row.path)}" for row in rows)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

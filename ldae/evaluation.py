@@ -266,10 +266,10 @@ class Records:
         return [entry for key in keys for entry in json.loads((self.folder / f"{key}.json").read_text())]
 
 
-def write_text(path: Path, text: str | bytes) -> None:
+def write_text(path: Path, text: str) -> None:
     """Text file, written atomically."""
     with replacing(path) as file:
-        file.write(text if isinstance(text, bytes) else text.encode())
+        file.write(text.encode())
 
 
 def mean_and_sd(entry: dict | str | None, digits: int = 4) -> str:

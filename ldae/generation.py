@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import figures, nifti, runtime, schedulers, training
+from common import checkpoint, figures, nifti, runtime, schedulers, training
 from common.cli import UserError
 from common.runlog import write_json
 from ldae import data_split, dataset, evaluation, interpolation, model, posterior_gap, preprocess
@@ -212,7 +212,7 @@ def is_of_other_input(out: Path, name: str, files: dict[str, Path]) -> bool:
     if not is_finished(out, name):
         return False
     record = training.read_record(out / f"{name}.json", (), "delete the folder or name another --output_dir")
-    return any(record.get(entry) != dataset.file_hash(file) for entry, file in files.items())
+    return any(record.get(entry) != checkpoint.file_hash(file) for entry, file in files.items())
 
 
 def save_output(

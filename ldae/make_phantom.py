@@ -184,8 +184,7 @@ def write_tables(out: Path, rows: list[dict]) -> None:
     table = [row | {"age": row["age_in_table"]} for row in rows]
     write_csv(out / "data" / "dataset.csv", table, COLUMNS)
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "age_in_table"]
-    truth = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    write_csv(out / "data" / "truth.csv", truth, columns)
+    write_csv(out / "data" / "truth.csv", rows, columns, digits=6)
     scans, subjects = out / "data" / "scans", {row["subject"]: row for row in rows}
     write_tsv(scans / "participants.tsv", [{"participant_id": s, "sex": row["sex"]} for s, row in subjects.items()])
     for subject in subjects:

@@ -134,16 +134,7 @@ def invert(
         return schedulers.ddim_invert(denoise, z_0, schedule, timesteps, start=final, clip=clip, callback=callback)
     if clip is not None:
         raise UserError("an inversion in several passes cannot undo a clamp: leave one of the two out")
-    z, table = z_0, schedule.alphas_bar.tolist()
-    level = 1.0 if final == "clean" else table[0]
-    for t in reversed(timesteps):
-        if table[t] == level:
-            continue  # final "first" starts where the first step is
-        z_before, ratio = z, (table[t] / level) ** 0.5
-        for _ in range(passes + 1):
-            z = z + ratio * (z_before - schedulers.ddim_sample(denoise, z, schedule, [t], final=level))
-        level = table[t]
-    return z
+    return schedulers.ddim_undo(denoise, z_0, schedule, timesteps, start=final, rounds=passes + 1)
 
 
 def sample(

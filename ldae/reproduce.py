@@ -52,8 +52,8 @@ class Options(CommonOptions):
 
 PRESETS = {
     "phantom": {},
-    "smoke": dict(n_subjects=75, aekl_steps=1000, prior_steps=600, repr_steps=1200, table_steps=(10, 50),
-                  n_table=8, n_edit=6, n_interpolate=10, steps=20, bench_steps=10),
+    "smoke": dict(n_subjects=75, aekl_steps=1500, prior_steps=600, repr_steps=1400, table_steps=(10, 50),
+                  n_table=12, n_edit=6, n_interpolate=10, steps=20, bench_steps=10),
 }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ unless the caller disables them. The network sees original steps 0..999, however
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -116,28 +115,5 @@ def invert(
     times = timesteps(steps, schedule.T)
     denoise = denoiser(model, z)
     if refine:
-        return _invert_exactly(denoise, x_0, schedule, times, _clip(clamp), refine)
+        return schedulers.ddim_undo(denoise, x_0, schedule, times, rounds=refine, clip=_clip(clamp))
     return schedulers.ddim_invert(denoise, x_0, schedule, times, end=0.0, clip=_clip(clamp))
-
-
-def _invert_exactly(denoise, x: Tensor, schedule: schedulers.Schedule, times: list[int], clip, rounds: int) -> Tensor:
-    """The state from which DDIM's steps `times` lead to x, one step after the other from the last.
-
-    A step leads from y = a x_0 + s e to x = A x_0 + S e, where x_0 (clamped) and e follow from y and the network. With
-    e known, y = a / A (x - S e) + s e; e is taken from the last y, at first from x itself.
-    """
-    if clip is not None and not callable(clip):
-        clip = partial(torch.clamp, min=-clip, max=clip)
-    up = times[::-1]
-    levels = [1.0, *(schedule.alphas_bar[t].item() for t in up)]
-    for t, (level_to, level) in zip(up, pairwise(levels), strict=True):
-        a, s, A, S = level**0.5, (1 - level) ** 0.5, level_to**0.5, (1 - level_to) ** 0.5
-        rows = torch.full((len(x),), t, device=x.device)
-        y = x
-        for _ in range(rounds):
-            e = denoise(y, rows).to(x.dtype)
-            if clip is not None and S > 0:  # at level 1 the clamp is the image's own range
-                e = (y - a * clip((y - s * e) / a)) / s
-            y = a / A * (x - S * e) + s * e
-        x = y
-    return x

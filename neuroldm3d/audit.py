@@ -374,7 +374,7 @@ def pseudonym(text: str, salt: str) -> str:
 
 def table_hashes(paths, folder: Path) -> dict[str, str]:
     """SHA-256 (16 digits) of files, by path relative to `folder`."""
-    from neuroldm3d.dataset import file_hash
+    from common.checkpoint import file_hash
 
     return {os.path.relpath(p, folder): file_hash(p) for p in paths}
 

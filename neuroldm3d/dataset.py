@@ -7,7 +7,6 @@ A table is a CSV in the original's layout: `file` (relative to the folder of the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -56,11 +55,6 @@ def stem(path: str | Path) -> str:
 
 
 # ---- tables
-
-
-def file_hash(path: str | Path) -> str:
-    """Sixteen hex digits of the SHA-256 of a table: what records know it by."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def read_csv(path: str | Path) -> tuple[list[str], list[dict]]:

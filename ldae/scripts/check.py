@@ -241,8 +241,7 @@ def write_report(out: Path, rows, facts: list[Facts], findings: list[Finding], o
                        "head_ml": round(known.skull["head_ml"], 1), "dark_shell": round(known.skull["dark_shell"], 4),
                        "fingerprint": known.fingerprint}  # fmt: skip
         records.append(record)
-    columns = dict.fromkeys(key for record in records for key in record)
-    write_csv(out / "check.csv", records, columns)
+    write_csv(out / "check.csv", records)
     counts = Counter(f.level for f in findings)
     report = {"scans": len(rows), "subjects": len({row.subject for row in rows}),
               "counts": {level: counts[level] for level in LEVELS}}  # fmt: skip

@@ -120,14 +120,15 @@ class Work:
 
     def save(self, name, x, record, *, row=None, affine=None, compare=None):
         """Write one output; with `row` on the grid of that scan if --grid says so."""
-        from ldae import dataset, generation, preprocess
+        from common import checkpoint
+        from ldae import generation, preprocess
 
         native = None
         if row is not None:
             source = self.volumes.native(row)
             plan = preprocess.plan(source, self.ldae.preparation)
             affine, native = plan.prepared_affine, source if self.options.grid == "native" else None
-            about = {"scan": row.scan, "input": row.path.name, INPUT_HASHES[0]: dataset.file_hash(row.path)}
+            about = {"scan": row.scan, "input": row.path.name, INPUT_HASHES[0]: checkpoint.file_hash(row.path)}
             record = about | {"prepared": plan.to_dict()} | record
         generation.save_output(self.out, name, x, self.about | self.settings | record, self.ldae.preparation,
                                affine=affine, native=native, compare=compare)  # fmt: skip
@@ -172,7 +173,8 @@ def vary(options: Vary, work: Work) -> list[str]:
 
 
 def interpolate(options: Interpolate, work: Work) -> list[str]:
-    from ldae import dataset, generation
+    from common import checkpoint
+    from ldae import generation
 
     first, second = two_sessions(options) if options.subject else work.rows()
     pair = f"{first.scan}_to_{second.scan}"
@@ -185,7 +187,7 @@ def interpolate(options: Interpolate, work: Work) -> list[str]:
         ends = {row.scan: work.volumes.load(row) for row in (first, second)}
         for name, (alpha, x) in zip(names, made, strict=True):
             record = {"what": f"alpha {alpha:g}", "alpha": alpha, "second_scan": second.scan,
-                      "second_input": second.path.name, INPUT_HASHES[1]: dataset.file_hash(second.path),
+                      "second_input": second.path.name, INPUT_HASHES[1]: checkpoint.file_hash(second.path),
                       "grid_of": first.scan}  # fmt: skip
             work.save(name, x, record, row=first, compare=ends)
     return list(alphas)

@@ -62,7 +62,7 @@ def main() -> None:
 
 def save_latents(options: Options, rt) -> dict:
     """Write the latents of every scan, latents.json and the table; returns the content of latents.json."""
-    from common import nifti
+    from common import checkpoint, nifti
     from common.runlog import progress, write_json
     from ldae import data_split, dataset, latents
 
@@ -77,7 +77,7 @@ def save_latents(options: Options, rt) -> dict:
         rt.print(f"note: the autoencoder was trained with split {aekl.split_hash}, this one is {split.hash}; it may "
                  "know scans that are for testing here")  # fmt: skip
     volumes = dataset.Volumes(aekl.preparation, None if options.cache == "none" else options.cache)
-    sources = {row.scan: dataset.file_hash(row.path) for row in rt.shard(rows)}
+    sources = {row.scan: checkpoint.file_hash(row.path) for row in rt.shard(rows)}
     sources = {scan: source for part in rt.gather(sources) for scan, source in part.items()}
     record = {
         "aekl": aekl.hash,

@@ -65,7 +65,7 @@ def infer(options: Options, rt) -> dict | None:
     """Write reconstructions and metrics of the listed volumes; returns the summary (rank 0). Ranks share the work."""
     import torch
 
-    from common import nifti
+    from common import checkpoint, nifti
     from common.runlog import progress
     from neuroldm3d import dataset, preprocess
     from neuroldm3d.diffusion import sampling
@@ -79,7 +79,7 @@ def infer(options: Options, rt) -> dict | None:
     prep = vae.preparation
     volumes = dataset.Volumes(prep, None if options.cache == "none" else options.cache)
     settings = {"vae": vae.hash, "latent": options.latent, "seed": options.seed, "units": preprocess.units(prep),
-                "preparation": prep.to_dict(), "csv_hash": dataset.file_hash(options.csv)}  # fmt: skip
+                "preparation": prep.to_dict(), "csv_hash": checkpoint.file_hash(options.csv)}  # fmt: skip
     for row in rows if options.regions else ():
         region_map(options, row)  # missing ones are known before the first volume
     lpips = LPIPS3D(options.lpips_net, options.lpips_weights).to(rt.device) if options.lpips_weights else None

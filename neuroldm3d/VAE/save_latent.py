@@ -121,6 +121,7 @@ def open_tables(options: Options, vae, rt) -> tuple[dict[str, Split], object]:
     """The splits of the tables, to be encoded, and the affine of the first training volume on the prepared grid."""
     import numpy as np
 
+    from common import checkpoint
     from neuroldm3d import dataset
     from neuroldm3d.VAE import latents
 
@@ -135,7 +136,7 @@ def open_tables(options: Options, vae, rt) -> tuple[dict[str, Split], object]:
             return mu[0], logvar[0]
 
         labels = [row.label for row in rows.values()]
-        splits[name] = Split(list(rows), labels, dataset.file_hash(path), read)
+        splits[name] = Split(list(rows), labels, checkpoint.file_hash(path), read)
         affines |= {row.name: volumes.affine(row) for row in rows.values()}
     first = next(iter(affines.values()))
     if odd := [name for name, affine in affines.items() if not np.allclose(affine, first, atol=0.1)]:

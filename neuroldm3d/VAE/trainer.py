@@ -119,7 +119,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
     folder, best_path = Path(config.run), config.best_path
     last_path = folder / "checkpoints" / "last.pt"
     training.claim_run(best_path, last_path, config, rt)
-    data = {"train_csv": dataset.file_hash(config.train_csv), "train_names": [row.name for row in rows]}
+    data = {"train_csv": checkpoint.file_hash(config.train_csv), "train_names": [row.name for row in rows]}
     settings = frozen(config, {"data", "model", "loss", "training"}) | data
     settings |= {"seed": config.seed, "precision": config.precision, "init": source}
     objects = {"vae": vae, "optimizer": optimizer, "scaler": scaler, "means": means} | ({"ema": ema} if ema else {})
@@ -146,7 +146,7 @@ def train(config: Config, rt: runtime.Runtime) -> None:
     batches = runtime.training_batches(stream, config.batch_size, step, config.seed, rt, config.num_workers)
     latent_shape = (config.latent_channels, *(n // vae.compression for n in prep.shape))
     options = training.recorded(config)
-    fingerprint = {"train": data["train_csv"], "validation": dataset.file_hash(config.val_csv), "n": len(rows)}
+    fingerprint = {"train": data["train_csv"], "validation": checkpoint.file_hash(config.val_csv), "n": len(rows)}
     with (
         RunLog(folder, options, start_step=step, enabled=rt.is_main, data_fingerprint=fingerprint) as log,
         runtime.StopRequest() as stop,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import runtime
+from common import checkpoint, runtime
 from common.cli import UserError
 from common.training import read_record
 from neuroldm3d import audit, dataset
@@ -178,7 +178,7 @@ def generator_record(config: Config, rt: runtime.Runtime) -> dict | None:
     if not config.num_synth_samples or not path.is_file():
         return None
     about = read_record(path, (), "generate the volumes again").get("training")
-    known = bool(about) and about["csv_hash"] == dataset.file_hash(config.train_csv)
+    known = bool(about) and about["csv_hash"] == checkpoint.file_hash(config.train_csv)
     if not known:
         rt.print(f"note: the generator of {config.synthetic} was not trained on {config.train_csv}: make sure that it "
                  "has seen no validation or test subject")  # fmt: skip

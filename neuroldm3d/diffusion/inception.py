@@ -14,7 +14,6 @@ The classification head is loaded and never used; torchvision's auxiliary head i
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -222,12 +221,9 @@ def load_inception(variant: str, path: str | Path) -> tuple[InceptionV3, dict]:
     counters = {key: torch.tensor(0) for key in network.state_dict() if key.endswith("num_batches_tracked")}
     state = counters | {key: value for key, value in state.items() if not key.startswith("AuxLogits.")}
     checkpoint.load_weights(network, state, path)
-    sha256 = file_hash(path)
+    sha256 = checkpoint.file_hash(path, digits=64)
     # Both publishers put the first eight digits of the file's SHA-256 into its name.
     standard = sha256.startswith(Path(FILES[variant]).stem.split("-")[-1])
     return network.eval().requires_grad_(False), {"file": path.name, "sha256": sha256, "published_file": standard}
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.cli import UserError
-from neuroldm3d.diffusion.inception import file_hash
 
 # depth: (blocks per stage, bottleneck, shortcut)
 DEPTHS = {10: ((1, 1, 1, 1), False, "B"), 18: ((2, 2, 2, 2), False, "A"), 50: ((3, 4, 6, 3), True, "B")}
@@ -109,4 +108,5 @@ def load_medicalnet(path: str | Path) -> tuple[MedicalNet, dict]:
     network = MedicalNet(depth)
     counters = {key: torch.tensor(0) for key in network.state_dict() if key.endswith("num_batches_tracked")}
     checkpoint.load_weights(network, counters | state, path)
-    return network.eval().requires_grad_(False), {"file": path.name, "sha256": file_hash(path), "depth": depth}
+    record = {"file": path.name, "sha256": checkpoint.file_hash(path, digits=64), "depth": depth}
+    return network.eval().requires_grad_(False), record

@@ -303,6 +303,15 @@ def test_resume_training(tmp_path):
         checkpoint.save_training(path, step=1, objects={"rng": fresh["model"]}, config={})
 
 
+def test_file_hash(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, example 1
+    assert checkpoint.file_hash(tmp_path / "abc") == sha256[:16]
+    assert checkpoint.file_hash(str(tmp_path / "abc"), digits=64) == sha256
+    with pytest.raises(UserError, match="absent cannot be read .*; correct the path"):
+        checkpoint.file_hash(tmp_path / "absent")
+
+
 def test_weights_hash():
     a = {"x": torch.arange(3.0), "y": torch.tensor(1, dtype=torch.int64)}
     same = checkpoint.weights_hash({"y": a["y"], "x": torch.arange(6.0)[:3].clone()})

@@ -418,6 +418,35 @@ def test_inversion_and_decoding_return_the_input(final):
     assert errors[-1] < 0.05 and errors[0] > 3.5 * errors[-1], errors  # first order: four times the steps, a quarter
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("final", ["first", "clean"])
+def test_undoing_each_step_is_exact_in_few_steps(final, prediction):
+    """Where the inversion above needs hundreds: the error shrinks with every round, to nothing."""
+    s = S.make_schedule("linear", 1000, prediction=prediction)
+    x_0, times, errors = MEAN + SD * draw(11, (64, 1), torch.float64), S.respace(1000, 10), []
+    for rounds in (1, 4, 200):
+        code = S.ddim_undo(gaussian_denoiser(s), x_0, s, times, start=final, rounds=rounds)
+        errors.append((S.ddim_sample(gaussian_denoiser(s), code, s, times, final=final) - x_0).abs().max().item())
+    assert errors[0] > 2 * errors[1] and errors[2] < 1e-9, errors
+
+
+def test_undoing_by_one_call_a_step_is_the_inversion_at_the_target_time():
+    s, x_0 = S.make_schedule("linear", 1000), draw(12)
+    times = S.respace(1000, 10)
+    close(S.ddim_undo(network, x_0, s, times), S.ddim_invert(network, x_0, s, times, start="clean", at_target=True))
+
+
+def test_undoing_clipped_steps():
+    """Every step but the one that ends clean, which the documented rule leaves unclipped."""
+    s, times, x_0 = S.make_schedule("linear", 1000), S.respace(1000, 10), draw(11, (64, 1), torch.float64)
+    denoise, how = gaussian_denoiser(s), dict(clip=lambda x_0: 0.9 * x_0)
+    code = S.ddim_undo(denoise, x_0, s, times, start="first", rounds=200, **how)
+    close(S.ddim_sample(denoise, code, s, times, final="first", **how), x_0)
+    code = S.ddim_undo(denoise, x_0, s, times, rounds=200, **how)
+    before_last = S.ddim_sample(denoise, code, s, times[:-1], final=s.alphas_bar[times[-1]].item(), **how)
+    close(S.ddim_sample(denoise, before_last, s, times[-1:]), x_0)
+
+
 def test_inversion_can_end_in_the_predicted_noise():
     s, x_0 = S.make_schedule("linear", 1000), draw(12)
     times, seen, states = S.respace(1000, 10, "stride"), [], []

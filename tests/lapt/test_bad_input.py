@@ -113,11 +113,12 @@ def test_folders_and_tables(raw_cases, tmp_path):
     for options, message in ((("--input_dir", tmp_path / "absent"), "no folder .*absent"),
                              (("--input_dir", tmp_path / "empty"), "holds no case"),
                              (("--input_dir", raw_cases / "case_0001"), "holds images itself"),
-                             (("--cases", tmp_path / "absent.csv"), "no CSV table")):  # fmt: skip
+                             (("--cases", tmp_path / "absent.csv"), "no table .*absent.csv; give one")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             run_main(preprocessing, *options, "--output_dir", tmp_path / "out", "--num_workers", 1)
     table = tmp_path / "cases.csv"
-    for text, message in (("", "no column case, ctp"), ("id,ctp\na,b\n", "no column case"), ("case,ctp\n", "no rows"),
+    for text, message in (("", "no rows"), ("id,ctp\na,b\n", "no column case"), ("case,ctp\n", "no rows"),
+                          ("case,ctp\na\n", "row 2 has not as many cells"),
                           ("case,ctp\n,x.nii.gz\n", "row 2 has case ''"), ("case,ctp\na/b,x\n", "row 2 has case 'a/b'"),
                           ("case,ctp\na,x\na,y\n", "case a has several rows"),
                           ("case,ctp,mask\na,x.nii.gz,m.nii.gz\n", "a: file not found, .*x.nii.gz")):  # fmt: skip

@@ -56,6 +56,7 @@ def test_contrast_is_paired_by_seed_and_leaves_patients_without_lesion_out():
     options = reproduce.Options(seeds=(1, 2), ablation_seeds=(1,))
     found = reproduce.contrast(options, tables, "lapt", "plain", "lesion_mae", (1, 2))
     assert found["per_seed"] == [-1.5, 0.5] and found["mean"] == -0.5 and found["n"] == 2
+    assert found["n_lower"] == 1  # of the two patients with a lesion; the other's seeds cancel
     assert found["reference"] == 4.5 and found["ours"] == 4 and found["relative"] == pytest.approx(-0.5 / 4.5)
     start = reproduce.contrast(options, tables, "lapt", "ldm", "lesion_mae", (1, 2))
     assert start["per_seed"] == [-6.5, -5.5] and start["reference"] == 10

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import nifti, runtime
+from common import checkpoint, nifti, runtime
 from common.cli import UserError
 from common.training import save_network
 from ldae import code_prior, data_split, dataset, evaluation, generation, manipulation, model, posterior_gap, preprocess
@@ -278,7 +278,7 @@ def test_another_scan_of_the_same_name_is_not_taken_for_the_first(cohort, tmp_pa
     shutil.copy(b, tmp_path / "c.nii.gz")  # the second end is another scan now
     with pytest.raises(UserError, match="was made of another scan"):
         run(root, out / "i", "interpolate", *ends)
-    assert sidecar(out / "i", "t1_to_c_0.5")["second_input_hash"] == dataset.file_hash(a)
+    assert sidecar(out / "i", "t1_to_c_0.5")["second_input_hash"] == checkpoint.file_hash(a)
 
 
 def test_the_same_whatever_the_number_of_scans(cohort, tmp_path):

@@ -10,7 +10,6 @@ import torch
 
 from common import checkpoint, cli, runtime, schedulers
 from common.cli import UserError
-from neuroldm3d import dataset
 from neuroldm3d.diffusion import sampling, trainer
 from neuroldm3d.diffusion.config import PRESETS, Config
 from neuroldm3d.diffusion.model import DiT3D, drop_labels
@@ -155,7 +154,7 @@ def test_file_says_what_it_was_trained_on(done):
     """Class mix, table and VAE are part of the checkpoint (defect D5 of the original)."""
     saved, record = checkpoint.load(best(done, "dit")), latents.read_record(done / "latent_data")
     assert saved["network"] == "neuroldm3d dit" and saved["label_counts"] == {"HC": 5, "TLE": 7}
-    assert saved["csv_hash"] == dataset.file_hash(done / "data_csvs" / "train.csv")
+    assert saved["csv_hash"] == checkpoint.file_hash(done / "data_csvs" / "train.csv")
     assert saved["vae"] == record["vae"] and saved["affine"] == record["affine"]
     assert saved["latents"] == {"mean": record["mean"], "std": record["std"]}
     assert saved["diffusion"]["schedule"] == {"kind": "linear", "T": 100, "beta_start": 1e-4, "beta_end": 0.1,

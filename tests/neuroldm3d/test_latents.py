@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import nifti, runtime
+from common import checkpoint, nifti, runtime
 from common.cli import UserError
 from common.lpips import LPIPS
 from neuroldm3d import dataset, preprocess
@@ -81,7 +81,7 @@ def test_record_names_vae_table_labels_and_grid(done):
     rows = dataset.read_table(done / "data_csvs" / "train.csv")
     assert train["names"] == [row.name for row in rows] and train["labels"] == [row.label for row in rows]
     assert train["label_counts"] == {"HC": 5, "TLE": 7}
-    assert train["csv_hash"] == dataset.file_hash(done / "data_csvs" / "train.csv")
+    assert train["csv_hash"] == checkpoint.file_hash(done / "data_csvs" / "train.csv")
     assert np.allclose(record["affine"], dataset.Volumes(vae.preparation, None).affine(rows[0]))
 
 

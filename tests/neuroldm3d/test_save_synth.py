@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import nifti, runtime
+from common import checkpoint, nifti, runtime
 from common.cli import UserError
 from neuroldm3d import dataset, upstream
 from neuroldm3d.diffusion import sampling, save_synth
@@ -94,7 +94,7 @@ def test_volumes_lie_on_the_training_grid_in_native_units(done, tmp_path):
     assert record["units"] == "GM fraction" and record["preparation"] == vae.preparation.to_dict()
     assert record["vae"] == vae.hash and record["dit"] == dit.hash and record["classes"] == ["HC", "TLE"]
     assert record["training"] == {"label_counts": {"HC": 5, "TLE": 7},
-                                  "csv_hash": dataset.file_hash(done / "data_csvs" / "train.csv")}  # fmt: skip
+                                  "csv_hash": checkpoint.file_hash(done / "data_csvs" / "train.csv")}  # fmt: skip
     clipped = synth(done, tmp_path / "clipped", "--n_per_class", 0, 1)
     assert len(clipped) == 1
     data = nifti.load(tmp_path / "clipped/TLE/TLE_00000.nii.gz").data

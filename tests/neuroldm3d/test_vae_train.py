@@ -80,7 +80,7 @@ def test_file_holds_what_rebuilds_the_network(done):
     saved = checkpoint.load(best(done, "vae"))
     assert saved["network"] == "neuroldm3d vae" and saved["preparation"]["shape"] == [16, 20, 16]
     assert saved["label_counts"] == {"HC": 5, "TLE": 7} and saved["init"] is None
-    assert saved["train_csv"] == dataset.file_hash(done / "data_csvs" / "train.csv")
+    assert saved["train_csv"] == checkpoint.file_hash(done / "data_csvs" / "train.csv")
     with runtime.start("cpu") as rt:
         vae = latents.load_vae(best(done, "vae"), rt)
     assert vae.hash == saved["hash"] and vae.latent_shape == (2, 4, 5, 4)
