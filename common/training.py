@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from common import checkpoint, runtime
 from common.cli import UserError, to_dict
-from common.runlog import Means
+from common.runlog import Means, write_json
 
 # ---- options and run folders ----------------------------------------------------------------------------------------
 
@@ -83,6 +84,25 @@ def read_record(path: Path, keys: Iterable[str], remedy: str) -> dict:
     if not isinstance(content, dict) or not set(keys) <= content.keys():
         raise UserError(f"{path} is no record of this program; {remedy}")
     return content
+
+
+def claim_study(options) -> None:
+    """Write OUT/options.json of a reproduce.py, whose cohort and runs are kept there.
+
+    UserError if OUT holds a study of other options, for its results would be told as this one's. Only free options,
+    --out and --preset may differ; an option that is newer than the study counts as what it is by default.
+    """
+    free = {f.name for f in fields(options) if f.metadata["free"]} | {"out", "preset"}
+    now, usual = ({name: value for name, value in to_dict(o).items() if name not in free}
+                  for o in (options, type(options)()))  # fmt: skip
+    path = Path(options.out) / "options.json"
+    if path.is_file():
+        before = usual | read_record(path, (), "delete the folder or name another --out")
+        changed = [f"{name} {before[name]} -> {now.get(name)}" for name in before if before[name] != now.get(name)]
+        if changed:
+            raise UserError(f"{options.out} holds a study of other options ({'; '.join(changed)}): name another --out, "
+                            "or delete the folder")  # fmt: skip
+    write_json(path, now)
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ class Options(CommonOptions):
 
 PRESETS = {
     "phantom": {},
-    "smoke": dict(n_train=128, n_val=12, n_test=24, aae_steps=700, ldm_steps=950, n_ancestral=2, samples=9,
+    "smoke": dict(out=str(HERE / "result" / "demo"),
+                  n_train=128, n_val=12, n_test=24, aae_steps=700, ldm_steps=950, n_ancestral=2, samples=9,
                   claim_steps=8, leak=False),
 }  # fmt: skip
 
@@ -58,13 +59,14 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__, presets=PRESETS)
     if (options.samples + 1) % 10:
         raise cli.UserError(f"--samples {options.samples}: an 80 % interval of order statistics needs 9, 19, 29, ...")
-    from common import runtime
+    from common import runtime, training
     from common.runlog import git_revision
 
     with runtime.start(options.device, options.precision, options.seed) as rt:
         if rt.world_size > 1:
             raise cli.UserError("reproduce.py runs in one process; main.py is what torchrun spreads over GPUs")
         results, started, revision = {}, time.time(), git_revision()
+        training.claim_study(options)
         study = train_study(options, rt, "mri", {})
         results |= claim_quality(study)
         results |= claim_guidance(study, options)

@@ -30,11 +30,6 @@ from lapt.config import CONFIGS, PRESETS
 HERE = Path(__file__).resolve().parent
 BRAIN_MARGIN = 0.02  # (b3) how much worse the whole brain may get, relative to continuation
 FLOOR_SHARE = 0.5  # (a2) of the LDM's lesion error
-ANY_TIME = ("out", "preset", "device", "num_workers", "jobs")  # options that change no result
-# What the short training of the LDM needs. Brain tissue fills the CTP window (of 0 to 200 HU, the original's, it is a
-# tenth). And v instead of noise: at the last step an error of the predicted noise counts 84 times in the estimate of
-# z_0; after 2,400 steps samples of a noise model, which begin there, had no lesions at all.
-LDM = dict(ctp_window=(20.0, 50.0), prediction="v", batch_size=8)
 NOISE_ALONE = dict(w_img=0.0, w_les=0.0)
 ARMS = {  # of the slice LDM: what differs from the default objective
     "plain": NOISE_ALONE,
@@ -59,6 +54,10 @@ class Options(CommonOptions):
     guide_steps: int = option(400, "steps of the segmentation guide")
     ldm3d_steps: int = option(500, "steps of the volume LDM")
     extra_steps_3d: int = option(100, "steps of each volume arm")
+    # What a short training of the LDM needs (README). Brain tissue fills this CTP window; of the original, 0 to 200 HU,
+    # it is a tenth. And v: an error of the noise predicted at the last step counts 84 times in the estimate of z_0.
+    ctp_window: tuple[float, float] = option((20.0, 50.0), "window of the CTP", unit="HU")
+    prediction: str = option("v", "what the LDM predicts", choices=("v", "eps"))
     lr: float = option(1e-4, "learning rate of all arms")
     w_img: float = option(1.0, "weight of the image term")
     w_les: float = option(2.0, "weight of the lesion term")
@@ -78,21 +77,22 @@ class Options(CommonOptions):
 
 PRESETS_HERE = {
     "phantom": {},
-    "smoke": dict(n_cases=84, vqgan_steps=1000, ldm_steps=1600, extra_steps=100, guide_steps=60, ldm3d_steps=60,
+    "smoke": dict(out=str(HERE / "runs" / "demo"),
+                  n_cases=84, vqgan_steps=1000, ldm_steps=1600, extra_steps=100, guide_steps=60, ldm3d_steps=60,
                   extra_steps_3d=30, seeds=(1, 2), ablation_seeds=(1,), sample_steps=10),
 }  # fmt: skip
 
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__, presets=PRESETS_HERE)
-    from common import runtime
+    from common import runtime, training
     from common.runlog import git_revision
 
     with runtime.start(options.device, options.precision, options.seed) as rt:
         if rt.world_size > 1:
             raise UserError("reproduce.py runs in one process; the stages' own scripts are what torchrun spreads")
         started, revision = time.time(), git_revision()
-        claim_study(options)
+        training.claim_study(options)
         make_cohort(options)
         train_stages(options, rt)
         folders = run_arms(options)
@@ -106,22 +106,6 @@ def main() -> None:
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
-
-def claim_study(options: Options) -> None:
-    """Write OUT/options.json; UserError if a study of other options is there: results.json would tell what was not."""
-    from common import training
-    from common.runlog import write_json
-
-    path = Path(options.out) / "options.json"
-    now = {name: value for name, value in cli.to_dict(options).items() if name not in ANY_TIME}
-    if path.is_file():
-        before = training.read_record(path, (), "delete the folder or name another --out")
-        changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in sorted({*before, *now})
-                   if before.get(name) != now.get(name)]  # fmt: skip
-        if changed:
-            raise UserError(f"{options.out} holds a study of other options ({'; '.join(changed)}): name another --out")
-    write_json(path, now)
 
 
 def make_cohort(options: Options) -> Path:
@@ -169,7 +153,8 @@ def train_stages(options: Options, rt) -> None:
     # which would start late in a training of this length.
     vqgan.train(stage_config(options, "vqgan", steps=options.vqgan_steps, channel_mult=(1, 2), disc_weight=0.0,
                              l2_weight=10.0, lr=3e-3, revive_every=10), rt)  # fmt: skip
-    ldm.train(stage_config(options, "ldm", steps=options.ldm_steps, select="last", **LDM), rt)
+    ldm.train(stage_config(options, "ldm", steps=options.ldm_steps, select="last", batch_size=8,
+                           ctp_window=options.ctp_window, prediction=options.prediction), rt)  # fmt: skip
     segmentation.train(stage_config(options, "guide", steps=options.guide_steps), rt)
     ldm.train(stage_config(options, "ldm3d", steps=options.ldm3d_steps, select="last"), rt)
 

@@ -52,7 +52,8 @@ class Options(CommonOptions):
 
 PRESETS = {
     "phantom": {},
-    "smoke": dict(n_subjects=75, aekl_steps=1500, prior_steps=600, repr_steps=1400, table_steps=(10, 50),
+    "smoke": dict(out=str(HERE / "runs" / "demo"),
+                  n_subjects=75, aekl_steps=1500, prior_steps=600, repr_steps=1400, table_steps=(10, 50),
                   n_table=12, n_edit=6, n_interpolate=10, steps=20, bench_steps=10),
 }  # fmt: skip
 
@@ -60,13 +61,14 @@ PRESETS = {
 def main() -> None:
     options = cli.parse(Options, description=__doc__, presets=PRESETS)
     check(options)
-    from common import runtime
+    from common import runtime, training
     from common.runlog import git_revision
 
     with runtime.start(options.device, options.precision, options.seed) as rt:
         if rt.world_size > 1:
             raise UserError("reproduce.py runs in one process; the stages' own scripts are what torchrun spreads")
         results, started, revision = {}, time.time(), git_revision()
+        training.claim_study(options)
         root = make_cohort(options)
         train(options, root, rt)
         results |= claim_reconstruction(options, root, rt)

@@ -60,6 +60,7 @@ class Options(CommonOptions):
 PRESETS = {
     "phantom": {},
     "smoke": dict(
+        out=str(HERE / "runs" / "demo"),
         n_train=40,
         n_test=1,
         n_other=1,
@@ -100,13 +101,14 @@ CONDITIONS = {
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__, presets=PRESETS)
-    from common import runtime
+    from common import runtime, training
     from common.runlog import git_revision
 
     with runtime.start(options.device, options.precision, options.seed) as rt:
         if rt.world_size > 1:
             raise UserError("reproduce.py runs in one process; the scripts of the stages are what torchrun spreads")
         started, revision = time.time(), git_revision()
+        training.claim_study(options)
         trained, unconditional = train_priors(options, rt)
         results = claim_round_trip(options, trained, rt)
         table = measure(options, trained, unconditional, rt)

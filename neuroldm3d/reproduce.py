@@ -50,20 +50,22 @@ class Options(CommonOptions):
 
 PRESETS = {
     "phantom": {},
-    "smoke": dict(n_train=120, n_val=24, n_test=60, vae_steps=450, dit_steps=1000, n_synth=48, budgets=(40,),
+    "smoke": dict(out=str(HERE / "runs" / "demo"),
+                  n_train=120, n_val=24, n_test=60, vae_steps=450, dit_steps=1000, n_synth=48, budgets=(40,),
                   seeds=(1, 2), classifier_epochs=15, n_saliency=24),
 }  # fmt: skip
 
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__, presets=PRESETS)
-    from common import runtime
+    from common import runtime, training
     from common.runlog import git_revision
 
     with runtime.start(options.device, options.precision, options.seed) as rt:
         if rt.world_size > 1:
             raise UserError("reproduce.py runs in one process; the stages' own scripts are what torchrun spreads")
         results, started, revision = {}, time.time(), git_revision()
+        training.claim_study(options)
         root = make_cohort(options)
         generate(options, root, rt)
         results |= claim_quality(options, root, rt)

@@ -90,15 +90,6 @@ def test_auc_is_the_chance_of_a_higher_score():
     assert np.isnan(reproduce.auc(score, np.zeros(5, bool), mask))
 
 
-def test_a_study_of_other_options_is_not_taken_for_this_one(tmp_path):
-    """The cohort and the runs of OUT would be found and used, and results.json would tell the new options."""
-    options = reproduce.Options(out=str(tmp_path), n_cases=10)
-    reproduce.claim_study(options)
-    reproduce.claim_study(reproduce.Options(out=str(tmp_path), n_cases=10, jobs=1, num_workers=0))
-    with pytest.raises(reproduce.UserError, match="other options .n_cases 10 -> 12.: name another --out"):
-        reproduce.claim_study(reproduce.Options(out=str(tmp_path), n_cases=12))
-
-
 def test_ablation_seeds_must_be_among_the_seeds():
     with pytest.raises(reproduce.UserError, match="ablation_seeds"):
         reproduce.Options(seeds=(1, 2), ablation_seeds=(3,))
