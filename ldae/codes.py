@@ -11,6 +11,9 @@ continue.
     untrained         y of the same encoder with random weights: what its architecture alone gives
     pooled_latents    per channel of the autoencoder's latent: mean, SD and block means
     intensity_pca     principal components of the down-sampled volumes, fitted on the training subjects
+
+Probes standardise every number of a code by itself; but principal components, which share a unit, all by one SD: the
+many small ones are mostly noise, and would count like the few large ones.
 """
 
 from __future__ import annotations
@@ -86,6 +89,11 @@ class Codes:
     def name(self) -> str:
         """What made them, such as "ema_encoder" or "untrained"."""
         return self.record["maker"]["name"]
+
+    @property
+    def one_scale(self) -> bool:
+        """Whether the numbers of a code share a unit, so that their sizes say what they are worth."""
+        return self.name == "intensity_pca"
 
     @property
     def encoder(self) -> str | None:

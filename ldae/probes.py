@@ -1,9 +1,9 @@
 """Linear probes of semantic codes: how much of a diagnosis, of age or of sex is in them, with controls and intervals.
 
 Logistic regression (two classes or more) and ridge regression (age) on codes that are standardised with statistics of
-the training rows. Repeated cross-validation by subject: all scans of a person are on one side, classes (or ages) are
-spread evenly over the folds, the penalty is chosen by a further cross-validation inside the training rows. The test
-split is used once, by the probe that was fitted on all other rows.
+the training rows (ldae/codes.py: principal components by one SD). Repeated cross-validation by subject: all scans of a
+person are on one side, classes (or ages) are spread evenly over the folds, the penalty is chosen by a further
+cross-validation inside the training rows. The test split is used once, by the probe that was fitted on all other rows.
 
 An AUC compares only scans that one and the same fold scored, because every fold has its own model; pairs of all
 repeats count alike. 95 % intervals are percentiles of a bootstrap of subjects within classes, with the models held
@@ -57,6 +57,7 @@ class Task:
     nuisance_names: tuple[str, ...] = ()
     nuisance: np.ndarray | None = None
     suffix: str = ""  # of the output files
+    one_scale: bool = False  # of the codes: one SD for all numbers
 
     @property
     def name(self) -> str:
@@ -89,7 +90,7 @@ class Task:
             raise UserError(f"the control {codes.name} lacks {len(missing)} scans, such as {missing[0]}; export it for "
                             "the same table")  # fmt: skip
         values = codes.values[[index[row.scan] for row in self.codes.rows]]
-        return replace(self, codes=replace(self.codes, values=values))
+        return replace(self, codes=replace(self.codes, values=values), one_scale=codes.one_scale)
 
 
 def make_task(
@@ -122,9 +123,11 @@ def make_task(
     codes, column = codes.select(mask), column[mask]
     names, values = nuisance_columns(codes, nuisance)
     if target == "age":
-        return Task(target, "regression", (), codes, column.astype(np.float64), names, values)
-    y = np.array([classes.index(v) for v in column])
-    return Task(target, "binary" if len(classes) == 2 else "multiclass", classes, codes, y, names, values)
+        kind, classes, y = "regression", (), column.astype(np.float64)
+    else:
+        kind = "binary" if len(classes) == 2 else "multiclass"
+        y = np.array([classes.index(v) for v in column])
+    return Task(target, kind, classes, codes, y, names, values, one_scale=codes.one_scale)
 
 
 def _ordered_classes(column, target, classes, positive):
@@ -213,10 +216,14 @@ class Fit:
         return scores
 
 
-def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and population SD (n,) of codes (N, n), float64; the SD of a constant entry is given as 1."""
+def statistics(values: np.ndarray, one_scale: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population SD (n,) of codes (N, n), float64; the SD of a constant entry is given as 1.
+
+    one_scale: the root mean square of these SDs for all of them.
+    """
     values = np.asarray(values, np.float64)
     mean, std = values.mean(0), values.std(0)
+    std = np.full_like(std, np.sqrt(np.mean(std**2))) if one_scale else std
     return mean, np.where(std > 1e-8 * np.maximum(1, np.abs(mean)), std, 1.0)
 
 
@@ -227,7 +234,7 @@ def fit(task: Task, strength: float, settings: Settings) -> Fit:
 
 def fit_path(task: Task, strengths: Sequence[float], settings: Settings) -> list[Fit]:
     """`fit` with each of several penalties."""
-    mean, std = statistics(task.codes.values)
+    mean, std = statistics(task.codes.values, task.one_scale)
     x = (task.codes.values - mean) / std
     x, nuisance_mean, slope = without_nuisance(x, task.nuisance)
     # An L2 penalty does not see rotations: with fewer rows than numbers in a code, fit in the rows' own space.

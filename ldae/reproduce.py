@@ -30,6 +30,8 @@ HERE = Path(__file__).resolve().parent
 DOSES = (-4.0, -2.0, 2.0, 4.0)  # (c) edits in logits of AD
 Z_SD = (0.9, 1.1)  # (a) of z_T, to count as close to a unit Gaussian
 AUC = 0.85  # (b)
+# (b) Not a control of what training adds, but what a linear model finds in the voxels of this phantom themselves.
+LINEAR = "intensity_pca"
 
 
 @dataclass
@@ -193,12 +195,14 @@ def claim_probes(options: Options, root: Path, rt) -> dict:
     disease, age = records["diagnosis"]["cross_validation"]["metrics"], records["age"]["cross_validation"]["metrics"]
 
     def controls(target: str, metric: str) -> str:
-        rows = records[target]["controls"].items()
-        return ", ".join(f"{name} {row['metrics'][metric]['value']:.3g}" for name, row in rows)
+        rows = {name: row["metrics"][metric]["value"] for name, row in records[target]["controls"].items()}
+        linear = rows.pop(LINEAR)
+        return ", ".join(f"{name} {value:.3g}" for name, value in rows.items()) + f"; linear in the voxels {linear:.3g}"
 
     untrained = records["diagnosis"]["controls"]["untrained"]["difference"]
     chance, mean = records["diagnosis"]["permuted"], records["age"]["mean_predictor"]
-    better = [row["metrics"]["mae"]["value"] > age["mae"]["value"] for row in records["age"]["controls"].values()]
+    better = [row["metrics"]["mae"]["value"] > age["mae"]["value"] for name, row in records["age"]["controls"].items()
+              if name != LINEAR]  # fmt: skip
     test = {target: records[target]["test"]["metrics"] for target in records}
     recalls = ", ".join(f"{name.removeprefix('recall_')} {disease[name]['value']:.2f}" for name in disease
                         if name.startswith("recall"))  # fmt: skip

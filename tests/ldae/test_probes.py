@@ -66,6 +66,22 @@ def test_auc_of_a_known_effect():
     assert test["ci95"][0] < best < test["ci95"][1]
 
 
+def test_components_of_one_unit_are_not_blown_up():
+    """Many small entries of noise beside a large one that tells: standardised apart they drown it, on one scale not."""
+    codes = make_codes(40, dim=64, effect=2.0)
+    sizes = np.r_[10.0, np.full(63, 0.5)].astype(np.float32)
+    components = replace(codes, values=codes.values * sizes,
+                         record=codes.record | {"maker": {"name": "intensity_pca", "encoder": "x"}})  # fmt: skip
+    own, apart = diagnosis(components), diagnosis(replace(components, record=codes.record))
+    assert own.one_scale and not apart.one_scale
+    assert apart.with_values(components).one_scale and not own.with_values(codes).one_scale  # a control by its own rule
+    found = {task.one_scale: probes.cross_validate(task, QUICK) for task in (own, apart)}
+    auc = {scale: probes.evaluate(own, f.scores, f.folds, everyone(own))["auc"][0] for scale, f in found.items()}
+    assert auc[True] > auc[False] + 0.05 and auc[True] > norm.cdf(2 / 2**0.5) - 0.06, auc
+    fitted = probes.fit(own, 1e-2, PLAIN)
+    assert len(set(fitted.std)) == 1 and fitted.std[0] == pytest.approx(np.sqrt((own.codes.values.std(0) ** 2).mean()))
+
+
 def test_interval_covers_the_truth_as_often_as_it_says():
     """Fact 30: of 200 studies with repeated scans, 95 % intervals hold the true AUC about 190 times, not 120."""
     covered = {True: 0, False: 0}
