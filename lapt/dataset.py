@@ -7,7 +7,8 @@ A prepared folder (lapt/preprocessing.py) holds, slice axis first so that one sl
     manifest.csv, splits/{train,val,test,ct_only}_list.json (patients), statistics.json (of the training patients)
 
 In memory a volume is (X, Y, Z) in RAS+ order (x left->right, y posterior->anterior, z inferior->superior), a CTP
-(T, X, Y, Z). Channel 0 of `mri` is DWI, channel 1 ADC.
+(T, X, Y, Z). Channel 0 of `mri` is DWI, channel 1 ADC. Cases prepared with further images (preprocessing.py --maps)
+have them as the last channels of their CTP: T then counts both.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Intensity:
     SD 1, cut off at +-3, background 0). statistics: which low, high, mean, sd images are normalised with: "training"
     (`stats`, of the brains of all training patients) or "case" (the original: of the very image).
     stats: {"dwi": {"low", "high", "mean", "sd"}, "adc": {...}} of the training set, in scanner units and 1e-6 mm^2/s;
-    predictions get their units from it, for there is no image to take them from. ctp_window: HU that map to -1 and 1.
+    predictions get their units from it, for there is no image to take them from. ctp_window: HU that become -1 and 1.
+    maps: {name: (low, high)} of the maps that follow the CTP's `time_points` frames as channels, of the training set.
     """
 
     # Deviation (original code): predictions there need the quantiles, or mean and SD, of the image to be predicted.
@@ -56,14 +58,20 @@ class Intensity:
     ctp_window: tuple[float, float]
     time_points: int
     split_hash: str = ""
+    maps: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        object.__setattr__(self, "maps", {name: tuple(float(v) for v in window) for name, window in self.maps.items()})
         object.__setattr__(self, "ctp_window", tuple(float(v) for v in self.ctp_window))
         for name, known in (("normalisation", NORMALISATIONS), ("statistics", STATISTICS)):
             if getattr(self, name) not in known:
                 raise UserError(f"intensity: {name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if len(self.ctp_window) != 2 or not -math.inf < self.ctp_window[0] < self.ctp_window[1] < math.inf:
             raise UserError(f"intensity: CTP window {self.ctp_window}; two values in HU are needed, the lower first")
+        for name, (low, high) in self.maps.items():
+            if not -math.inf < low < high < math.inf:
+                raise UserError(f"intensity: {name} reaches from {low:g} to {high:g} in the training set; prepare the "
+                                "data without it, or with real maps")  # fmt: skip
         missing = [m for m in MODALITIES if not {"low", "high", "mean", "sd"} <= set(self.stats.get(m, {}))]
         if missing:
             raise UserError(f"intensity: no training statistics of {', '.join(missing)}; they come from the training "
@@ -76,19 +84,28 @@ class Intensity:
         known = read_statistics(folder)
         stats = {m: known[m] for m in MODALITIES if known.get(m)}
         window = tuple(known["ctp_window"] if ctp_window is None else ctp_window)
-        return cls(normalisation, statistics, stats, window, known["time_points"], known["split_hash"])
+        maps = {name: (s["low"], s["high"]) for name, s in known["maps"].items() if s}
+        return cls(normalisation, statistics, stats, window, known["time_points"], known["split_hash"], maps)
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"ctp_window": list(self.ctp_window)}
+        """Plain values; without the entry `maps` where there are none, as before there could be any."""
+        values = asdict(self) | {"ctp_window": list(self.ctp_window)}
+        maps = {name: list(window) for name, window in values.pop("maps").items()}
+        return values | ({"maps": maps} if maps else {})
 
     @classmethod
     def from_dict(cls, values: dict) -> Intensity:
         """Inverse of `to_dict`; UserError if entries are missing or unknown."""
-        odd = {f.name for f in fields(cls)} ^ set(values)
+        odd = ({f.name for f in fields(cls)} ^ set(values)) - {"maps"}
         if odd:
             raise UserError(f"intensity has missing or unknown entries: {', '.join(sorted(odd))}; give a file of this "
                             "program")  # fmt: skip
         return cls(**values)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the CTP with its maps, T."""
+        return self.time_points + len(self.maps)
 
     @property
     def background(self) -> float:
@@ -126,8 +143,9 @@ class Intensity:
         return np.stack(channels)
 
     def normalise_ctp(self, ctp: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """CTP (T, ...) in HU to [-1, 1] by the window, float32; outside the mask (...) exactly -1."""
-        low, high = (np.float32(v) for v in self.ctp_window)
+        """CTP (T, ...) in HU to [-1, 1] by the window, maps by theirs, float32; outside the mask (...) exactly -1."""
+        windows = [self.ctp_window] * (len(ctp) - len(self.maps)) + list(self.maps.values())
+        low, high = np.array(windows, np.float32).T.reshape(2, -1, *[1] * (np.ndim(ctp) - 1))
         ctp = (np.clip(np.asarray(ctp, np.float32), low, high) - low) / (high - low) * np.float32(2) - np.float32(1)
         return np.where(mask > 0, ctp, np.float32(CTP_BACKGROUND))
 
@@ -217,6 +235,7 @@ class Case:
     lesion_ml: float | None
     brain_ml: float
     sources: dict
+    maps: tuple[str, ...] = ()
 
     @property
     def spacing_mm(self) -> tuple[float, ...]:
@@ -230,7 +249,7 @@ class Case:
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{self.name}: {path} is missing or damaged ({error}); prepare the case again") from error
         x, y, z = self.shape
-        if array.shape != ((z, self.time_points, x, y) if what == "ctp" else (z, x, y)):
+        if array.shape != ((z, self.time_points + len(self.maps), x, y) if what == "ctp" else (z, x, y)):
             raise UserError(f"{self.name}: {path} has shape {array.shape}, its case.json says {self.shape}; prepare "
                             "the case again")  # fmt: skip
         return array
@@ -250,7 +269,8 @@ def read_case(folder: str | Path) -> Case:
         known = json.loads((folder / "case.json").read_text())
         return Case(known["case"], known["patient"], folder, tuple(known["shape"]), np.array(known["affine"]),
                     known["time_points"], tuple(known["slices"]), known["stats"], known["has_mri"],
-                    known["lesion_ml"], known["brain_ml"], known["sources"])  # fmt: skip
+                    known["lesion_ml"], known["brain_ml"], known["sources"],
+                    tuple(known.get("maps", ())))  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no usable case.json ({error!r}); {REMAKE}") from error
 
@@ -260,6 +280,7 @@ def read_statistics(folder: str | Path) -> dict:
     path = Path(folder) / "statistics.json"
     try:
         known = json.loads(path.read_text())
+        known.setdefault("maps", {})  # folders of before there were any
         known["time_points"], known["ctp_window"], known["shape"], written = (
             int(known["time_points"]), [float(v) for v in known["ctp_window"]], tuple(known["shape"]),
             known["split_hash"])  # fmt: skip
@@ -458,11 +479,22 @@ def _tensors(arrays: dict, intensity: Intensity, fit) -> dict:
 
 
 def check_items(cases: list[Case], intensity: Intensity, with_ctp: bool) -> None:
-    """UserError where a CTP has other time points than the network's."""
-    other = next((c for c in cases if with_ctp and c.time_points != intensity.time_points), None)
+    """UserError where a CTP has other time points or maps than the network's."""
+    if not with_ctp:
+        return
+    other = next((c for c in cases if c.maps != tuple(intensity.maps)), None)
+    if other:
+        raise UserError(f"{other.name}: {maps_text(other.maps)}, the network takes {maps_text(intensity.maps)}; "
+                        "prepare the data with these, in this order")  # fmt: skip
+    other = next((c for c in cases if c.time_points != intensity.time_points), None)
     if other:
         raise UserError(f"{other.name}: {other.time_points} CTP time points, {intensity.time_points} are needed; "
                         f"prepare it with --time_points {intensity.time_points} --resample_time")  # fmt: skip
+
+
+def maps_text(maps) -> str:
+    """Names of maps in a sentence."""
+    return f"maps {' '.join(maps)}" if maps else "no maps"
 
 
 class Volumes(torch.utils.data.Dataset):

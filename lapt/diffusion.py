@@ -88,8 +88,8 @@ class LatentModel(nn.Module):
         return self.autoencoder.factor * self.unet.multiple
 
     @property
-    def time_points(self) -> int:
-        """Channels T of the CTP."""
+    def ctp_channels(self) -> int:
+        """T: frames of the CTP and the maps that follow them."""
         return self.settings["conditioner"]["in_channels"]
 
     def latent_shape(self, image: torch.Tensor) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ Real images are the prepared folder's, synthetic ones what lapt/sample.py wrote 
 inside the brain mask, in physical units; the data range of PSNR and SSIM is that of the training set and is stated.
 With --baseline (the plain LDM) every measure is compared patient by patient. --model adds the autoencoder's
 reconstruction of the real images, which no sample can beat, and --guide a fixed segmenter beside the ADC threshold.
-Writes OUTDIR/evaluation.csv, segmentation.csv, lesions.csv, evaluation.json and figures/. A case of the paper's size
-takes some seconds; under torchrun the cases are shared out.
+Writes OUTDIR/evaluation.csv, segmentation.csv, lesions.csv, evaluation.json, figures/ and report.html, one page to hand
+on. A case of the paper's size takes some seconds; under torchrun the cases are shared out.
 """
 
 from __future__ import annotations

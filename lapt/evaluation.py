@@ -18,11 +18,12 @@ from common import figures, metrics, nifti, runtime, tables, training
 from common.cli import UserError
 from common.runlog import git_revision, progress, write_json
 from lapt import dataset, inference, lesions, quality
+from lapt import report as page
 from lapt.dataset import MODALITIES, Case
 from lapt.diffusion import fold, load_model
 from lapt.segmentation import load_guide
 
-REPORT = "evaluation.json"
+REPORT, PAGE = "evaluation.json", "report.html"
 HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim", "lesion_psnr", "lesion_ssim", "lesion_ms_ssim", "dice")
 # Columns of the tables, and those that are described but not judged.
 IMAGE = ("mae", "psnr", "ssim", "ms_ssim", "nmse", "flicker")
@@ -93,12 +94,13 @@ def evaluate(options, rt: runtime.Runtime) -> dict:
     report = plain(report)
     if rt.is_main:
         write_tables(out, images, segments, found)
-        draw(out / "figures", cases, folders, images, segments, found, options)
+        drawn = draw(out / "figures", cases, folders, images, segments, found, options)
+        page.write(out / PAGE, report, drawn)
         write_json(out / REPORT, report)
         print(summary_text(report))
         if report["note"]:
             print(f"note: {report['note']}")
-        print(f"full report: {out / REPORT}")
+        print(f"full report: {out / REPORT}, to read: {out / PAGE}")
     rt.barrier()
     return report
 
@@ -405,8 +407,9 @@ def write_tables(out: Path, images: list[dict], segments: list[dict], found: lis
             tables.write_csv(out / f"{name}.csv", rows)
 
 
-def draw(out: Path, cases: list[Case], folders: dict[str, Path], images, segments, found, options) -> None:
+def draw(out: Path, cases: list[Case], folders: dict[str, Path], images, segments, found, options) -> list[Path]:
     """Montages of the cases with the largest lesions, lesion error by size, core volume found against true."""
+    drawn = []
     shown = sorted(cases, key=lambda case: -(case.lesion_ml or 0))[: options.figures]
     for case in shown:
         real, mask, lesion = load_real(case)
@@ -416,21 +419,23 @@ def draw(out: Path, cases: list[Case], folders: dict[str, Path], images, segment
         for name in MODALITIES:
             pictures = {"real": real[name]}
             pictures |= {m: load_samples(folder, case, options.image)[name] * mask for m, folder in folders.items()}
-            figures.montage(out / f"{case.name}_{name}.png", pictures, difference_to="real", planes=("axial",),
-                            spacing_mm=case.spacing_mm, voxel=voxel, title=f"{case.name}, {name.upper()}",
-                            unit="1e-6 mm²/s" if name == "adc" else "a.u.")  # fmt: skip
+            path = out / f"{case.name}_{name}.png"
+            drawn.append(figures.montage(path, pictures, difference_to="real", planes=("axial",), voxel=voxel,
+                                         spacing_mm=case.spacing_mm, title=f"{case.name}, {name.upper()}",
+                                         unit="1e-6 mm²/s" if name == "adc" else "a.u."))  # fmt: skip
     methods = list(dict.fromkeys(row["method"] for row in images))
     if found:
         points = {m: ([row["ml"] for row in found if row["method"] == m],
                       [row["adc_mae"] for row in found if row["method"] == m]) for m in methods}  # fmt: skip
-        figures.curves(out / "lesion_error_by_size.png", points, xlabel="lesion volume (ml)", points=True,
-                       ylabel="ADC error inside (1e-6 mm²/s)")  # fmt: skip
+        drawn.append(figures.curves(out / "lesion_error_by_size.png", points, xlabel="lesion volume (ml)", points=True,
+                                    ylabel="ADC error inside (1e-6 mm²/s)"))  # fmt: skip
     rule = "guide" if options.guide else "adc_threshold"
     rows = [row for row in segments if row["rule"] == rule]
     points = {m: ([row["true_volume_ml"] for row in rows if row["method"] == m],
                   [row["volume_ml"] for row in rows if row["method"] == m]) for m in (*methods, "real")}  # fmt: skip
-    figures.curves(out / "core_volume.png", points, xlabel="true lesion volume (ml)", ylabel=f"found by {rule} (ml)",
-                   diagonal=True, points=True)  # fmt: skip
+    drawn.append(figures.curves(out / "core_volume.png", points, xlabel="true lesion volume (ml)", points=True,
+                                ylabel=f"found by {rule} (ml)", diagonal=True))  # fmt: skip
+    return drawn
 
 
 def summary_text(report: dict) -> str:

@@ -59,6 +59,7 @@ class Settings:
 class Study:
     """A CTP study of one case in RAS+ order. ctp (T, X, Y, Z) float32 HU, mask (X, Y, Z) bool, affine (4, 4).
 
+    maps: names of the last channels of ctp, which are no frames but maps in their own units.
     axes: order of the axes in the files, to which outputs are turned back. inputs: file names and hashes.
     """
 
@@ -68,6 +69,12 @@ class Study:
     affine: np.ndarray
     axes: tuple[str, str, str] = ("R", "A", "S")
     inputs: dict = field(default_factory=dict)
+    maps: tuple[str, ...] = ()
+
+    @property
+    def time_points(self) -> int:
+        """Frames of the CTP."""
+        return len(self.ctp) - len(self.maps)
 
 
 @dataclass(frozen=True)
@@ -83,21 +90,30 @@ class Samples:
 
 
 def read_study(source: raw.Source, rules: raw.Rules) -> Study:
-    """The CTP and the brain mask of a raw case, checked; UserError names the file and the remedy."""
-    files = {what: source.files[what] for what in ("ctp", "mask") if what in source.files}
+    """CTP, maps and brain mask of a raw case, checked; UserError names the file and the remedy."""
+    files = {what: source.files[what] for what in (*_needed(rules), "mask") if what in source.files}
     study = raw.read(replace(source, files=files), rules)
-    axes = nib.aff2axcodes(nib.load(files["ctp"]).affine)
-    used = {"time_points": raw.frames(files["ctp"]), "mask_made": "mask" not in files}
-    return Study(source.name, study.ctp, study.mask, study.affine, axes, _fingerprint(**files) | used)
+    first = files[_needed(rules)[0]]
+    axes = nib.aff2axcodes(nib.load(first).affine)
+    used = {"time_points": 0 if rules.maps_only else raw.frames(first), "mask_made": "mask" not in files}
+    inputs = _fingerprint(**files) | used
+    return Study(source.name, study.ctp, study.mask, study.affine, axes, inputs, study.maps)
+
+
+def _needed(rules: raw.Rules) -> tuple[str, ...]:
+    """Images of which the network's input is made."""
+    return rules.maps if rules.maps_only else ("ctp", *rules.maps)
 
 
 def raw_studies(sources: list[raw.Source], rules: raw.Rules) -> list[tuple[str, Callable[[], Study]]]:
     """(name, loader) of raw cases; UserError where a file is missing."""
     for source in sources:
-        lacking = {"ctp"} - set(source.files) or (set() if rules.make_masks else {"mask"} - set(source.files))
-        for what in (*lacking, *(w for w in ("ctp", "mask") if w in source.files and not source.files[w].is_file())):
-            where = source.files.get(what, f"{source.name}/{what}.nii.gz")
-            raise UserError(f"{source.name}: no {what} at {where}; sampling needs a CTP and a brain mask")
+        for what in (*_needed(rules), "mask"):
+            if (what not in source.files and not (what == "mask" and rules.make_masks)
+                    or what in source.files and not source.files[what].is_file()):  # fmt: skip
+                where = source.files.get(what, f"{source.name}/{what}.nii.gz")
+                images = " and ".join(("CTP" if name == "ctp" else name) for name in _needed(rules))
+                raise UserError(f"{source.name}: no {what} at {where}; sampling needs {images} and a brain mask")
     return [(source.name, partial(read_study, source, rules)) for source in sources]
 
 
@@ -106,7 +122,8 @@ def prepared_studies(folder: Path, split: str) -> list[tuple[str, Callable[[], S
 
     def load(case: dataset.Case) -> Study:
         inputs = _fingerprint(ctp=case.folder / "ctp.npy", mask=case.folder / "mask.npy")
-        return Study(case.name, case.volume("ctp"), case.volume("mask") > 0, case.affine, inputs=inputs)
+        mask = case.volume("mask") > 0
+        return Study(case.name, case.volume("ctp"), mask, case.affine, inputs=inputs, maps=case.maps)
 
     return [(case.name, partial(load, case)) for case in dataset.read_cases(folder, split)]
 
@@ -118,10 +135,13 @@ def _fingerprint(**paths: Path) -> dict:
 
 def check_study(study: Study, model: LatentModel) -> list[str]:
     """What is unusual about the input, as sentences; UserError where the network cannot take it at all."""
-    T, found = len(study.ctp), []
-    if model.time_points != T:
-        raise UserError(f"{study.name}: the CTP has {T} time points, the model was trained with {model.time_points}; "
-                        f"prepare it with --time_points {model.time_points} --resample_time")  # fmt: skip
+    T, needed, found = study.time_points, model.intensity.time_points, []
+    if study.maps != tuple(model.intensity.maps):
+        ours, theirs = dataset.maps_text(study.maps), dataset.maps_text(model.intensity.maps)
+        raise UserError(f"{study.name}: {ours}, the model was trained with {theirs}; give it these, in this order")
+    if T != needed:
+        raise UserError(f"{study.name}: the CTP has {T} time points, the model was trained with {needed}; prepare it "
+                        f"with --time_points {needed} --resample_time")  # fmt: skip
     before = study.inputs.get("time_points", T)
     if before != T:
         found.append(f"the CTP has {before} time points, interpolated to the {T} of the training")
@@ -130,12 +150,19 @@ def check_study(study: Study, model: LatentModel) -> list[str]:
     ml = float(study.mask.sum()) * lesions.voxel_ml(study.affine)
     if not BRAIN_ML[0] <= ml <= BRAIN_ML[1]:
         found.append(f"brain mask of {ml:.0f} ml, expected {BRAIN_ML[0]:g} to {BRAIN_ML[1]:g}: is it a brain mask?")
+    for (name, (low, high)), image in zip(model.intensity.maps.items(), study.ctp[T:], strict=True):
+        middle = float(np.median(image[study.mask]))
+        if not low <= middle <= high:
+            found.append(f"median of {name} inside the mask is {middle:.4g}, in the training set all but 1 % of the "
+                         f"voxels are {low:.4g} to {high:.4g}: is it in the same unit?")  # fmt: skip
+    if not T:
+        return found
     baseline = float(np.median(study.ctp[0][study.mask]))
     if not TISSUE_HU[0] <= baseline <= TISSUE_HU[1]:
         found.append(f"median of the first frame inside the mask is {baseline:.4g}, expected {TISSUE_HU[0]:g} to "
                      f"{TISSUE_HU[1]:g} HU: is the CTP in Hounsfield units?")  # fmt: skip
-    change = float(np.ptp([frame[study.mask].mean(dtype=np.float64) for frame in study.ctp]))
-    if change < BOLUS_HU:
+    change = float(np.ptp([frame[study.mask].mean(dtype=np.float64) for frame in study.ctp[:T]]))
+    if T > 1 and change < BOLUS_HU:
         found.append(f"the mean of the brain changes by {change:.2g} HU over time: no contrast bolus is seen")
     return found
 
@@ -313,7 +340,7 @@ def choose_slices(mask: np.ndarray, ctp: Tensor, size: int) -> tuple[list[int], 
 
 def at_spacing(study: Study, spacing_mm: tuple[float, ...]) -> Study:
     """The study resampled to another voxel size."""
-    plain = raw.Study(study.ctp, study.mask, study.affine)
+    plain = raw.Study(study.ctp, study.mask, study.affine, maps=study.maps)
     moved = raw.to_common_grid(plain, raw.Rules(spacing_mm=spacing_mm), Path(study.name))
     return replace(study, ctp=moved.ctp, mask=moved.mask, affine=moved.affine)
 

@@ -9,7 +9,7 @@ the one in derivatives/ in the space of the CT wins, then the first by name:
 
     ctp     {subject}*_ses-01*_ctp.nii.gz       mask  {subject}*_ses-01*_brain-mask.nii.gz (or *_mask; not in ISLES'24)
     dwi     {subject}*_ses-02*_dwi.nii.gz       lesion {subject}*_ses-02*_lesion-msk.nii.gz
-    adc     {subject}*_ses-02*_adc.nii.gz
+    adc     {subject}*_ses-02*_adc.nii.gz      tmax, cbf, cbv, mtt {subject}*_ses-01*_tmax.nii.gz ... (for --maps)
 
 Know what you train on: in ISLES'24 the CT perfusion is from admission, DWI and ADC from 2 to 9 days later, after
 treatment. The lesion is the final infarct, which a perfusion study before recanalisation does not determine, and ADC
@@ -49,7 +49,7 @@ PATTERNS = {
     "adc": ("{subject}*_ses-02*_adc.nii.gz",),
     "mask": ("{subject}*_ses-01*_brain-mask.nii.gz", "{subject}*_ses-01*_mask.nii.gz"),
     "lesion": ("{subject}*_ses-02*_lesion-msk.nii.gz", "{subject}*_ses-02*_msk.nii.gz"),
-}
+} | {name: (f"{{subject}}*_ses-01*_{name}.nii.gz",) for name in ("tmax", "cbf", "cbv", "mtt")}
 
 
 @dataclass
@@ -61,6 +61,10 @@ class Options(CommonOptions):
     adc: str = option("", "pattern of the ADC")
     mask: str = option("", "pattern of the brain mask")
     lesion: str = option("", "pattern of the lesion mask")
+    tmax: str = option("", "pattern of the perfusion map of Tmax")
+    cbf: str = option("", "pattern of the map of CBF")
+    cbv: str = option("", "pattern of the map of CBV")
+    mtt: str = option("", "pattern of the map of MTT")
     any_space: bool = option(False, "take images that are not in the space of the CT too: register them yourself")
     overwrite: bool = option(False, "replace a table that is already there")
 

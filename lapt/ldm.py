@@ -349,10 +349,12 @@ def start_from_ldm(config: LAPTConfig, rt: runtime.Runtime) -> LatentModel:
 def start_from_autoencoder(config: LDMConfig, rt: runtime.Runtime) -> LatentModel:
     """A new denoiser on a trained autoencoder."""
     vqgan = load_vqgan(config.vqgan, rt, trust_pickle=config.trust_pickle)
-    intensity = vqgan.intensity
+    # The autoencoder has seen no CTP: how many frames and which maps there are is asked of the prepared data.
+    here = dataset.Intensity.of_folder(config.data)
+    intensity = replace(vqgan.intensity, time_points=here.time_points, maps=here.maps)
     if config.ctp_window:
         intensity = replace(intensity, ctp_window=config.ctp_window)
-    settings = model_settings(config, vqgan.settings, intensity.time_points)
+    settings = model_settings(config, vqgan.settings, intensity.channels)
     model = build_model(settings, intensity, rt, config.checkpointing)
     checkpoint.load_weights(model.autoencoder, vqgan.model.state_dict(), config.vqgan)
     model.hash = vqgan.hash
@@ -379,14 +381,14 @@ def start_from_slices(config: LDM3DConfig, rt: runtime.Runtime) -> LatentModel:
     return runtime.frozen_network(model, rt)
 
 
-def model_settings(config: LDMConfig, autoencoder: dict, time_points: int) -> dict:
+def model_settings(config: LDMConfig, autoencoder: dict, ctp_channels: int) -> dict:
     """Settings of a LatentModel on an autoencoder of these constructor arguments."""
     channels, stages = autoencoder["embed_dim"], len(autoencoder["channel_mult"]) - 1
     names = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "head_channels")
-    unet = {"in_channels": channels + time_points, "out_channels": channels, "slices": None}
+    unet = {"in_channels": channels + ctp_channels, "out_channels": channels, "slices": None}
     settings = {
         "stage": config.stage, "slices": 0, "autoencoder": autoencoder,
-        "conditioner": {"in_channels": time_points, "out_channels": time_points, "stages": stages},
+        "conditioner": {"in_channels": ctp_channels, "out_channels": ctp_channels, "stages": stages},
         "unet": unet | {name: getattr(config, name) for name in names},
         "schedule": {"kind": config.schedule, "T": config.timesteps, "beta_start": config.beta_start,
                      "beta_end": config.beta_end, "prediction": config.prediction},
@@ -625,7 +627,8 @@ def preview(path: Path, model: LatentModel, data, config: DiffusionConfig) -> Pa
     with torch.inference_mode():
         x_hat = model.decode(model.sample(model.condition(ctp), z_T, config.sample_steps, config.sampler))
     z = int(lesion.flatten(1).sum(1).argmax())
-    pictures = [("CTP, middle of the bolus", ctp[z, ctp.shape[1] // 2])]
+    T, maps = model.intensity.time_points, list(model.intensity.maps)
+    pictures = [("CTP, middle of the bolus" if T else maps[0], ctp[z, T // 2])]
     for channel, name in enumerate(("DWI", "ADC")):
         pictures += [(name, x[z, channel]), (f"{name} sample", x_hat[z, channel])]
     pictures = [(name, image[:, :, None].cpu().numpy()) for name, image in pictures]
@@ -662,7 +665,8 @@ def test(config: DiffusionConfig, rt: runtime.Runtime) -> None:
 def assumed_settings(config: DiffusionConfig) -> dict:
     """Settings of the model: of the earlier stage's file where it is there, otherwise of the paper's networks."""
     known = Path(config.data) / "statistics.json"
-    time_points = dataset.read_statistics(config.data)["time_points"] if known.is_file() else 15
+    here = dataset.read_statistics(config.data) if known.is_file() else {"time_points": 15, "maps": {}}
+    ctp_channels = here["time_points"] + len(here["maps"])
 
     def of_file(path: str, kind=KIND) -> dict | None:
         there = network_file(path).is_file()
@@ -670,12 +674,12 @@ def assumed_settings(config: DiffusionConfig) -> dict:
 
     if isinstance(config, LAPTConfig):
         default = LDM3DConfig(size=config.size) if config.volumes else LDMConfig()
-        return of_file(config.ldm) or model_settings(default, vqgan_settings(VQGANConfig()), time_points)
+        return of_file(config.ldm) or model_settings(default, vqgan_settings(VQGANConfig()), ctp_channels)
     flat = of_file(config.ldm2d) if isinstance(config, LDM3DConfig) and config.ldm2d else None
     if flat:
         return volume_settings(config, flat)
     autoencoder = of_file(config.vqgan, "lapt vqgan") or vqgan_settings(VQGANConfig())
-    return model_settings(config, autoencoder, time_points)
+    return model_settings(config, autoencoder, ctp_channels)
 
 
 def print_memory(config: DiffusionConfig, settings: dict, size: tuple[int, ...], rt: runtime.Runtime) -> None:

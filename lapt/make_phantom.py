@@ -20,8 +20,9 @@ DWI is S0 exp(-1000 s/mm^2 ADC): bright in the core only, so the core must be to
 case in six has neither. Scans have noise (CTP 1.5 HU, DWI 3 %, ADC 25e-6) and a DWI gain that differs by 3 %.
 
 OUT/raw/<case>/{ctp,dwi,adc,mask,lesion}.nii.gz, lesion = core; OUT/labels/<case>.nii.gz: 1 core, 2 penumbra;
-OUT/truth.csv: volumes in ml, centre, side, age, bolus. With --maps OUT/maps/<case>/{cbf,mtt,delay}.nii.gz. Cases are
-seeded one by one: another --n_cases leaves every other case as it was.
+OUT/truth.csv: volumes in ml, centre, side, age, bolus. With --maps OUT/raw/<case>/{cbf,mtt,delay}.nii.gz, the truth
+without noise (`preprocessing.py --maps cbf mtt delay` takes them). Cases are seeded one by one: another --n_cases
+leaves every other case as it was.
 """
 
 from __future__ import annotations
@@ -303,7 +304,7 @@ def make_case(options: Options, number: int, masks: list[Path]) -> dict:
     labels = np.select([core, penumbra], [CORE, PENUMBRA], 0)
     nifti.save(out / "labels" / f"{name}.nii.gz", labels, brain.affine, dtype=np.uint8)
     for what, image in maps.items() if options.maps else ():
-        nifti.save(out / "maps" / name / f"{what}.nii.gz", np.where(mask, image, 0), brain.affine)
+        nifti.save(folder / f"{what}.nii.gz", np.where(mask, image, 0), brain.affine)
     centre, voxel_ml = points[core].mean(0) if core.any() else [None] * 3, float(np.prod(spacing)) / 1000
     volumes = {"core_ml": core.sum() * voxel_ml, "penumbra_ml": penumbra.sum() * voxel_ml,
                "brain_ml": mask.sum() * voxel_ml}  # fmt: skip

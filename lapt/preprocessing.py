@@ -4,6 +4,7 @@
     python lapt/preprocessing.py --input_dir RAW --check_only                   # every case, what is wrong with it
     python lapt/preprocessing.py --cases TABLE.csv --to_ctp_grid --spacing_mm 1 1 4 --shape 192 224 32 --make_masks
     python lapt/preprocessing.py --input_dir NEW --output_dir FOLDER2 --one_split test   # for evaluation only
+    python lapt/preprocessing.py --input_dir RAW --maps tmax cbf cbv mtt   # perfusion maps as channels after the CTP
 
 Images of a case must show the same head in the same place: register DWI and ADC to the CTP and correct its motion
 first (lapt/isles.py says how). The file formats are in lapt/raw.py (input) and lapt/dataset.py (output). Without DWI
@@ -32,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 INDEX = "CTPDWI_slice_idx.json"  # the original's name
 OURS = ("cases", "splits", "manifest.csv", "statistics.json", INDEX, "report.csv")
 COLUMNS = ("case", "patient", "split", "brain_ml", "lesion_ml", "retained_slices", "shape", "spacing_mm",
-           "time_points", "has_mri", "has_lesion_file")  # fmt: skip
+           "time_points", "maps", "has_mri", "has_lesion_file")  # fmt: skip
 BINS = 1 << 20  # of the histogram behind the pooled quantiles
 
 
@@ -43,6 +44,9 @@ class Options(CommonOptions):
     output_dir: str = option(str(HERE / "data"), "prepared folder")
     time_points: int = option(0, "CTP frames of every case; 0: as most cases have", group="checks")
     resample_time: bool = option(False, "interpolate series with another number of frames", group="checks")
+    maps: tuple[str, ...] = option((), "further images that the network is to see, <case>/NAME.nii.gz or column NAME: "
+                                       "perfusion maps such as tmax cbf cbv mtt, or ncct", group="checks")  # fmt: skip
+    maps_only: bool = option(False, "take --maps instead of the CTP", group="checks")
     frame_s: float = option(0.0, "with --resample_time: time between frames, by the time in the header; 0: the whole "
                                  "series evenly", unit="s", group="checks")  # fmt: skip
     to_ctp_grid: bool = option(False, "resample images on another grid onto the CTP's, by their headers", group="grid")
@@ -73,9 +77,9 @@ def rules_of(options: Options, sources):
     from lapt import raw
 
     names = ("resample_time", "frame_s", "to_ctp_grid", "spacing_mm", "shape", "clip_lesion", "fill_holes",
-             "make_masks", "min_brain_mm2")  # fmt: skip
+             "make_masks", "min_brain_mm2", "maps", "maps_only")  # fmt: skip
     time_points = options.time_points
-    if not time_points:
+    if not time_points and not options.maps_only:
         counts = Counter(n for s in sources if "ctp" in s.files and (n := raw.frames(s.files["ctp"])))
         time_points = max(counts, key=lambda n: (counts[n], n)) if counts else 0
     return raw.Rules(time_points, **{name: getattr(options, name) for name in names})
@@ -136,12 +140,16 @@ def strata(folder: Path) -> dict[str, str]:
 
 
 def pooled(records: list[dict], folder: Path, name: str) -> dict | None:
-    """Statistics of DWI or ADC over all brain voxels of the cases, read one case at a time; None without cases."""
+    """Statistics of DWI, ADC or a map over all brain voxels of the cases that have it, read one case at a time.
+
+    None without such cases.
+    """
     import numpy as np
 
     from lapt import raw
 
-    stats = [known["stats"][name] for known in records if known["has_mri"]]
+    records = [known for known in records if name in known["stats"]]
+    stats = [known["stats"][name] for known in records]
     if not stats:
         return None
     n = sum(s["n"] for s in stats)
@@ -150,9 +158,11 @@ def pooled(records: list[dict], folder: Path, name: str) -> dict | None:
     low, high = min(s["min"] for s in stats), max(s["max"] for s in stats)
     edges, counts = np.linspace(low, high, BINS + 1), np.zeros(BINS, np.int64)
     for known in records:
-        if known["has_mri"]:
-            image, mask = (np.load(folder / "cases" / known["case"] / f"{what}.npy") for what in (name, "mask"))
-            counts += np.histogram(image[mask > 0], BINS, (low, high))[0]
+        channel = known["time_points"] + known["maps"].index(name) if name in known["maps"] else None
+        what = name if channel is None else "ctp"
+        image, mask = (np.load(folder / "cases" / known["case"] / f"{w}.npy", mmap_mode="r") for w in (what, "mask"))
+        image = image if channel is None else image[:, channel]
+        counts += np.histogram(image[mask > 0], BINS, (low, high))[0]
     cumulative = np.concatenate([[0], counts.cumsum()])
     quantiles = np.interp(np.array(raw.QUANTILES) * n, cumulative, edges)
     return {"low": float(quantiles[0]), "high": float(quantiles[1]), "mean": mean, "sd": float(variance**0.5),
@@ -183,6 +193,7 @@ def finish(folder: Path, split, ctp_window=None) -> dict:
         "train_cases": len(train),
         "ctp_window": window,
         "time_points": records[0]["time_points"],
+        "maps": {name: pooled(train, folder, name) for name in records[0]["maps"]},
         "shape": [max(known["shape"][axis] for known in records) for axis in range(3)],
         "adc_unit": "1e-6 mm^2/s",
         **{name: pooled(train, folder, name) for name in ("dwi", "adc")},
@@ -194,7 +205,7 @@ def finish(folder: Path, split, ctp_window=None) -> dict:
         known | {
             "split": where[known["case"]],
             "retained_slices": len(known["slices"]), "shape": "x".join(map(str, known["shape"])),
-            "spacing_mm": "x".join(f"{s:.6g}" for s in known["spacing_mm"]),
+            "spacing_mm": "x".join(f"{s:.6g}" for s in known["spacing_mm"]), "maps": " ".join(known["maps"]),
             "has_mri": int(known["has_mri"]), "has_lesion_file": int(known["has_lesion_file"]),
         }
         for known in records
@@ -226,6 +237,10 @@ def check(options: Options) -> None:
     if min(options.spacing_mm) < 0 or min(options.shape) < 0:
         raise UserError(f"--spacing_mm {options.spacing_mm}, --shape {options.shape}: 0 or more")
     raw.check_spacing(options.spacing_mm)
+    raw.check_maps(options.maps)
+    if options.maps_only and (not options.maps or options.time_points or options.resample_time or options.make_masks):
+        raise UserError("--maps_only needs --maps, and masks of the cases; without a CTP there are no --time_points, "
+                        "--resample_time and --make_masks")  # fmt: skip
     if not -math.inf < options.ctp_window[0] < options.ctp_window[1] < math.inf:
         raise UserError(f"--ctp_window {options.ctp_window}: the lower value first, both finite")
     if options.splits and options.one_split:
@@ -254,7 +269,8 @@ def main() -> None:
     from lapt import data_split, raw
 
     # ---- read, check and write beside the final place, so that nothing half-made is left
-    sources = raw.read_table(options.cases) if options.cases else raw.find(options.input_dir)
+    where = options.cases or options.input_dir
+    sources = raw.read_table(where, options.maps) if options.cases else raw.find(where, options.maps)
     rules, out = rules_of(options, sources), Path(options.output_dir)
     if options.check_only:
         good, bad = prepare_all(sources, rules, None, options.num_workers)
@@ -294,7 +310,8 @@ def summary(good: list[dict], bad: list, rules) -> None:
     paired = [known for known in good if known["has_mri"]]
     lesions = [known["lesion_ml"] for known in paired if known["lesion_ml"]]
     shown = f", lesions of {min(lesions):.1f} to {max(lesions):.1f} ml in {len(lesions)}" if lesions else ""
-    print(f"{len(good)} cases, {slices} retained slices, {rules.time_points} time points{shown}")
+    channels = f"{rules.time_points} time points" + (f" and {', '.join(rules.maps)}" if rules.maps else "")
+    print(f"{len(good)} cases, {slices} retained slices, {channels}{shown}")
     for text, some in (("without DWI and ADC: to be predicted only", [k for k in good if not k["has_mri"]]),
                        ("without lesion file: taken as free of lesions",
                         [k for k in paired if not k["has_lesion_file"]])):  # fmt: skip

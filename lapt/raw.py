@@ -2,13 +2,15 @@
 
 Raw images are NIfTI in any orientation: ctp (4D, HU), dwi (any unit), adc (mm^2/s, 1e-3 or 1e-6 mm^2/s), mask (brain),
 lesion; in memory (X, Y, Z) in RAS+ order, a CTP (T, X, Y, Z). DWI, ADC and lesion may be missing (CT only), or the
-lesion alone (no lesion). Not done here, for established tools do it better: motion correction of the CTP and
-registration of DWI and ADC to it (see lapt/isles.py for commands).
+lesion alone (no lesion). Further images that the network is to see, 3D and in any unit (perfusion maps, a CT without
+contrast), are named by `maps`; they follow the frames of the CTP as channels, or take its place. Not done here, for
+established tools do it better: motion correction of the CTP and registration to it (see lapt/isles.py for commands).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +50,8 @@ class Rules:
     time in the header, else over the whole series. to_ctp_grid: images of another grid are resampled onto the CTP's.
     spacing_mm, shape: common grid, 0 keeps the case's own. clip_lesion: lesion outside the mask is cut off rather than
     refused. fill_holes: of the mask, slice by slice. make_masks: where there is none, from the CTP. min_brain_mm2:
-    slices with less brain are not retained.
+    slices with less brain are not retained. maps: images that follow the CTP as channels, in this order; maps_only:
+    instead of it.
     """
 
     time_points: int = 0
@@ -61,11 +64,16 @@ class Rules:
     fill_holes: bool = False
     make_masks: bool = False
     min_brain_mm2: float = 200.0
+    maps: tuple[str, ...] = ()
+    maps_only: bool = False
 
 
 @dataclass
 class Study:
-    """One case as read: ctp (T, X, Y, Z) float32 HU, mask (X, Y, Z) bool; dwi, adc (1e-6 mm^2/s), lesion or None."""
+    """One case as read: ctp (T, X, Y, Z) float32 HU, mask (X, Y, Z) bool; dwi, adc (1e-6 mm^2/s), lesion or None.
+
+    The last channels of ctp are the images `maps`, in their own units.
+    """
 
     ctp: np.ndarray
     mask: np.ndarray
@@ -73,6 +81,12 @@ class Study:
     dwi: np.ndarray | None = None
     adc: np.ndarray | None = None
     lesion: np.ndarray | None = None
+    maps: tuple[str, ...] = ()
+
+    @property
+    def time_points(self) -> int:
+        """Frames of the CTP."""
+        return len(self.ctp) - len(self.maps)
 
     @property
     def spacing_mm(self) -> np.ndarray:
@@ -82,15 +96,25 @@ class Study:
 # ---- finding --------------------------------------------------------------------------------------------------------
 
 
-def find(input_dir: str | Path) -> list[Source]:
+def check_maps(maps: tuple[str, ...]) -> None:
+    """UserError for names of maps that no file can have, are another image's, or occur twice."""
+    taken = {name for names in NAMES.values() for name in names}
+    odd = [name for name in maps if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in taken or maps.count(name) > 1]
+    if odd:
+        raise UserError(f"--maps {' '.join(maps)}: {odd[0]!r} must be the name of a further image, once, such as tmax "
+                        "for tmax.nii.gz")  # fmt: skip
+
+
+def find(input_dir: str | Path, maps: tuple[str, ...] = ()) -> list[Source]:
     """Cases below a folder: every folder with one of the images; its path is the name, its first part the patient.
 
     `<case>/ctp.nii.gz` as in the 2D release; `<patient>/<date>/<series>/ctp.nii.gz` as in the volume release.
     """
+    all_names = NAMES | {name: (name,) for name in maps}
     root = Path(input_dir).resolve()
     if not root.is_dir():
         raise UserError(f"no folder {root}; name the folder of raw cases with --input_dir, or a table with --cases")
-    known = {f"{name}{ending}" for names in NAMES.values() for name in names for ending in (".nii.gz", ".nii")}
+    known = {f"{name}{ending}" for names in all_names.values() for name in names for ending in (".nii.gz", ".nii")}
     folders = sorted({path.parent for path in root.rglob("*") if path.name in known})
     if not folders:
         raise UserError(f"{root} holds no case; cases are folders with ctp.nii.gz, mask.nii.gz and, for training, "
@@ -101,7 +125,7 @@ def find(input_dir: str | Path) -> list[Source]:
     for folder in folders:
         parts = folder.relative_to(root).parts
         files = {}
-        for what, names in NAMES.items():
+        for what, names in all_names.items():
             there = [folder / f"{n}{e}" for n in names for e in (".nii.gz", ".nii") if (folder / f"{n}{e}").is_file()]
             if there:
                 files[what] = there[0]
@@ -109,22 +133,24 @@ def find(input_dir: str | Path) -> list[Source]:
     return sources
 
 
-def read_table(path: str | Path) -> list[Source]:
-    """Cases of a CSV with the columns case, ctp and optionally patient, dwi, adc, mask, lesion (blank: none).
+def read_table(path: str | Path, maps: tuple[str, ...] = ()) -> list[Source]:
+    """Cases of a CSV with the columns case, maps and optionally ctp, patient, dwi, adc, mask, lesion (blank: none).
 
     Paths are absolute or count from the table's folder. UserError for missing columns, blank or repeated cases.
     """
     path = Path(path)
-    columns, rows = tables.read_csv(path, f"give one with the columns case, patient, {', '.join(IMAGES)}")
-    absent = [column for column in ("case", "ctp") if column not in columns]
+    known = ", ".join(("case", "patient", *IMAGES, *maps))
+    columns, rows = tables.read_csv(path, f"give one with the columns {known}")
+    absent = [column for column in ("case", *(maps or ("ctp",))) if column not in columns]
     if absent:
-        raise UserError(f"{path} has no column {', '.join(absent)}; add it: case, patient, {', '.join(IMAGES)}")
+        raise UserError(f"{path} has no column {', '.join(absent)}; add it: {known}")
     sources = []
     for number, row in enumerate(rows, 2):
         name = (row["case"] or "").strip()
         if not name or "/" in name or name in (".", ".."):
             raise UserError(f"{path}: row {number} has case {name!r}; give a name that can be a folder's")
-        files = {what: path.parent.resolve() / row[what].strip() for what in IMAGES if (row.get(what) or "").strip()}
+        given = (what for what in (*IMAGES, *maps) if (row.get(what) or "").strip())
+        files = {what: path.parent.resolve() / row[what].strip() for what in given}
         sources.append(Source(name, (row.get("patient") or "").strip() or name, files))
     twice = [name for name, n in Counter(source.name for source in sources).items() if n > 1]
     if twice:
@@ -156,8 +182,9 @@ def frame_seconds(path: Path) -> float:
 
 def read(source: Source, rules: Rules) -> Study:
     """The images of a case, checked and on one grid. UserError says what is wrong with which file, and what to do."""
-    where = Path(source.files["ctp"]).parent if "ctp" in source.files else source.name
-    needed = ["ctp"] + ["mask"] * (not rules.make_masks)
+    first = rules.maps[0] if rules.maps_only else "ctp"
+    where = Path(source.files[first]).parent if first in source.files else source.name
+    needed = ["ctp"] * (not rules.maps_only) + [*rules.maps] + ["mask"] * (not rules.make_masks)
     needed += ["dwi", "adc"] if {"dwi", "adc", "lesion"} & set(source.files) else []
     missing = [what for what in needed if what not in source.files]
     if missing:
@@ -165,12 +192,12 @@ def read(source: Source, rules: Rules) -> Study:
         raise UserError(f"no {', '.join(missing)} in {where}; add {missing[0]}.nii.gz (CT alone: no DWI, ADC and "
                         f"lesion){hint}")  # fmt: skip
 
-    ctp = nifti.load(source.files["ctp"], series=True)
+    ctp = nifti.load(source.files[first], series=True)
     if ctp.data.ndim == 3:
         ctp = replace(ctp, data=ctp.data[None])
-    ctp = replace(ctp, data=fit_time(ctp.data, source.files["ctp"], rules))
     grid = nifti.Volume(ctp.data[0], ctp.affine, ctp.path)
-    loaded = {what: nifti.load(path) for what, path in source.files.items() if what != "ctp"}
+    channels = [] if rules.maps_only else [*fit_time(ctp.data, ctp.path, rules)]
+    loaded = {what: nifti.load(path) for what, path in source.files.items() if what in (*IMAGES[1:], *rules.maps)}
     loaded = {what: on_grid(volume, grid, rules, soft=what in ("mask", "lesion")) for what, volume in loaded.items()}
     if "mask" not in loaded:
         loaded["mask"] = replace(grid, data=mask_from_ct(ctp, np.array(grid.spacing_mm)).astype(np.float32))
@@ -178,8 +205,12 @@ def read(source: Source, rules: Rules) -> Study:
     mask = fill_holes(mask) if rules.fill_holes else mask
     if not mask.any():
         raise UserError(f"the mask is empty, {loaded['mask'].path}; repair it, or remove it and add --make_masks")
-    study = Study(ctp.data, mask, grid.affine)
-    check_hounsfield(study, ctp.path)
+    channels += [loaded[name].data for name in rules.maps]
+    study = Study(np.stack(channels), mask, grid.affine, maps=rules.maps)
+    if study.time_points:
+        check_hounsfield(study, ctp.path)
+    for name in rules.maps:
+        check_varies(loaded[name].data[mask], loaded[name].path)
     if "dwi" in loaded:
         study.dwi = np.maximum(loaded["dwi"].data, 0)
         study.adc = np.maximum(loaded["adc"].data * adc_factor(loaded["adc"], mask), 0).astype(np.float32)
@@ -266,6 +297,11 @@ def check_contrast(values: np.ndarray, path: Path) -> None:
     covered = float((values > 0).mean())
     if covered < COVERED:
         raise UserError(f"the image covers {covered:.0%} of the brain mask, {path}; register it to the CTP first")
+    check_varies(values, path)
+
+
+def check_varies(values: np.ndarray, path: Path) -> None:
+    """UserError for an image that has one value in the brain."""
     low, high = quantiles(values)
     if not high > low:
         raise UserError(f"every voxel of the brain has the value {low:.4g}, {path}; give the real image")
@@ -349,7 +385,7 @@ def to_common_grid(study: Study, rules: Rules, path: Path) -> Study:
     images = {name: moved(getattr(study, name), 0) for name in ("dwi", "adc") if study.dwi is not None}
     lesion = None if study.lesion is None else moved_mask(study.lesion) & mask
     ctp = np.stack([moved(frame, float(frame.min())) for frame in study.ctp])
-    return Study(ctp, mask, grid.affine, lesion=lesion, **images)
+    return Study(ctp, mask, grid.affine, lesion=lesion, maps=study.maps, **images)
 
 
 # ---- measuring and writing ------------------------------------------------------------------------------------------
@@ -385,16 +421,19 @@ def record(source: Source, study: Study, rules: Rules) -> dict:
     """What case.json says about a case; UserError if no slice has enough brain."""
     slices = retained_slices(study, rules.min_brain_mm2)
     if not slices:
-        raise UserError(f"no slice has {rules.min_brain_mm2:g} mm^2 of brain with signal, {source.files['ctp']}; check "
-                        "the mask, or lower --min_brain_mm2")  # fmt: skip
+        first = source.files[study.maps[0] if not study.time_points else "ctp"]
+        raise UserError(f"no slice has {rules.min_brain_mm2:g} mm^2 of brain with signal, {first}; check the mask, or "
+                        "lower --min_brain_mm2")  # fmt: skip
     voxel_ml = float(np.prod(study.spacing_mm)) / 1000
     has_mri = study.dwi is not None
-    stats = {name: statistics(getattr(study, name)[study.mask]) for name in ("dwi", "adc")} if has_mri else {}
+    images = {name: getattr(study, name) for name in ("dwi", "adc")} if has_mri else {}
+    images |= zip(study.maps, study.ctp[study.time_points :], strict=True)
+    stats = {name: statistics(image[study.mask]) for name, image in images.items()}
     return {
         "case": source.name, "patient": source.patient, "shape": list(study.mask.shape),
         "spacing_mm": [float(s) for s in study.spacing_mm], "affine": study.affine.tolist(),
-        "time_points": len(study.ctp), "slices": slices, "stats": stats, "has_mri": has_mri,
-        "has_lesion_file": "lesion" in source.files,
+        "time_points": study.time_points, "maps": list(study.maps), "slices": slices, "stats": stats,
+        "has_mri": has_mri, "has_lesion_file": "lesion" in source.files,
         "lesion_ml": float(study.lesion.sum() * voxel_ml) if has_mri else None,
         "brain_ml": float(study.mask.sum() * voxel_ml), "sources": {k: str(v) for k, v in source.files.items()},
     }  # fmt: skip

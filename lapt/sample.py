@@ -2,6 +2,7 @@
 
     python lapt/sample.py -r lapt/runs/lapt --ctp ctp.nii.gz --mask mask.nii.gz --outdir out    # one study
     python lapt/sample.py -r lapt/runs/lapt --input_dir STUDIES --n_samples 8 --outdir out      # STUDIES/<case>/
+    python lapt/sample.py -r lapt/runs/lapt --ctp ctp.nii.gz --maps tmax.nii.gz cbf.nii.gz --mask mask.nii.gz
     python lapt/sample.py -r lapt/runs/lapt --split test                                        # of the prepared data
     python lapt/sample.py -r lapt/runs/lapt3d --split test --preset upstream3d                  # the original's steps
 
@@ -44,6 +45,8 @@ class Options(CommonOptions):
     trust_pickle: bool = option(False, "allow network files that need pickle; they can run code")
     ctp: str = option("", "CTP of one study, 4D in HU", group="input")
     mask: str = option("", "brain mask of --ctp, on its grid", group="input")
+    maps: tuple[str, ...] = option((), "maps of the case, in the order of the model's training; with --ctp, or alone "
+                                       "where the model takes no CTP", group="input")  # fmt: skip
     case: str = option("", "name of the case of --ctp; empty: its file's, or its folder's if that is called ctp",
                        group="input")  # fmt: skip
     input_dir: str = option("", "folder of studies, <case>/ctp.nii.gz and mask.nii.gz", group="input")
@@ -81,10 +84,11 @@ class Options(CommonOptions):
     def __post_init__(self):
         if not self.resume:
             raise UserError("name a trained model with -r: a run folder, a checkpoint, or a file of export.py")
-        if self.mask and not self.ctp or self.ctp and not (self.mask or self.make_masks):
+        one = self.ctp or self.maps
+        if self.mask and not one or one and not (self.mask or self.make_masks):
             raise UserError("--ctp and --mask belong together: give both (or --make_masks for a rough mask)")
-        if self.ctp and self.input_dir:
-            raise UserError("--ctp and --input_dir: give one of them")
+        if one and self.input_dir:
+            raise UserError(f"--{'ctp' if self.ctp else 'maps'} and --input_dir: give one of them")
         if self.batch_size < 1 or self.seed < 0 or self.start_idx < 0 or self.end_idx < 0:
             raise UserError("--batch_size must be at least 1, --seed, --start_idx and --end_idx 0 or more")
         self.outdir = self.outdir or str(run_folder(Path(self.resume)) / "samples" / str(self.steps))
@@ -120,8 +124,8 @@ def sample(options: Options, rt) -> None:
     guide = None
     if options.guide:
         guide = load_guide(options.guide, rt, trust_pickle=options.trust_pickle, option="--guide")
-    cases = find_cases(options, model.time_points)
-    if not (options.ctp or options.input_dir):
+    cases = find_cases(options, model.intensity)
+    if not (options.ctp or options.maps or options.input_dir):
         if note := dataset.split_note({"the model": model.intensity.split_hash}, options.dataroot):
             rt.print(f"note: {note}")
 
@@ -134,20 +138,25 @@ def sample(options: Options, rt) -> None:
     rt.print(inference.NOTICE)
 
 
-def find_cases(options: Options, time_points: int) -> list:
-    """(name, loader) of the chosen cases; UserError if there are none."""
+def find_cases(options: Options, intensity) -> list:
+    """(name, loader) of the chosen cases, of the frames and maps of the model's `intensity`; UserError for none."""
     from lapt import inference, raw
 
     allowed = {name: getattr(options, name) for name in ("resample_time", "to_ctp_grid", "make_masks")}
-    rules = raw.Rules(time_points, **allowed)
-    if options.ctp:
-        path = Path(options.ctp)
+    maps, alone = tuple(intensity.maps), not intensity.time_points
+    rules = raw.Rules(intensity.time_points, maps=maps, maps_only=alone, **allowed)
+    if options.ctp or options.maps:
+        if len(options.maps) != len(maps) or bool(options.ctp) == alone:
+            images = ("" if alone else "--ctp") + (f" --maps {' '.join(name.upper() for name in maps)}" if maps else "")
+            raise UserError(f"this model takes {images.strip()}: give these files, in this order")
+        path = Path(options.ctp or options.maps[0])
         stem = path.name.split(".")[0]
-        name = options.case or (path.resolve().parent.name if stem == "ctp" else stem)
-        files = {"ctp": path} | ({"mask": Path(options.mask)} if options.mask else {})
+        name = options.case or (path.resolve().parent.name if stem in ("ctp", *maps) else stem)
+        files = dict(zip(maps, map(Path, options.maps), strict=True)) | ({"ctp": path} if options.ctp else {})
+        files |= {"mask": Path(options.mask)} if options.mask else {}
         return inference.raw_studies([raw.Source(name, name, files)], rules)
     if options.input_dir:
-        cases = inference.raw_studies(raw.find(options.input_dir), rules)
+        cases = inference.raw_studies(raw.find(options.input_dir, maps), rules)
     else:
         cases = inference.prepared_studies(Path(options.dataroot), options.split)
     chosen = cases[options.start_idx : options.end_idx or None]

@@ -13,7 +13,7 @@ SHAPE, SPACING_MM, N_CASES = (48, 48, 8), (4.0, 4.0, 16.0), 14
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory):
-    """Folder with raw/, labels/, maps/, truth.csv, not to be changed; cases 6 and 12 have no lesion."""
+    """Folder with raw/ (maps in it), labels/, truth.csv, not to be changed; cases 6 and 12 have no lesion."""
     root = tmp_path_factory.mktemp("cohort")
     run_main(make_phantom, "--out", root, "--shape", *SHAPE, "--n_cases", N_CASES, "--maps", "--num_workers", 1)
     return root

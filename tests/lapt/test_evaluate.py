@@ -371,6 +371,9 @@ def test_sample_and_evaluate_from_the_command_line(prepared, intensity, tmp_path
     assert {"evaluation.csv", "segmentation.csv", "evaluation.json", "figures/core_volume.png"} <= files
     names = [case.name for case in dataset.read_cases(prepared, "test")]
     assert {f"figures/{name}_{m}.png" for name in names for m in dataset.MODALITIES} <= files
+    page = (out / "evaluation" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == sum(file.endswith(".png") for file in files)
+    assert "research use only" in page.lower() and str(tmp_path) not in page and "://" not in page
     text = (out / "evaluation" / "evaluation.json").read_text()
     assert str(tmp_path) not in text and "NaN" not in text
     assert json.loads(text)["samples"]["synthetic"]["steps"] == 2

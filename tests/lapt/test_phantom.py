@@ -76,11 +76,11 @@ def test_layout(cohort):
     for row in truth:
         folder = cohort / "raw" / row["case"]
         assert sorted(p.name for p in folder.iterdir()) == sorted(
-            f"{w}.nii.gz" for w in ("ctp", "dwi", "adc", "mask", "lesion"))  # fmt: skip
+            f"{w}.nii.gz" for w in ("ctp", "dwi", "adc", "mask", "lesion", "cbf", "mtt", "delay"))  # fmt: skip
         ctp = nib.load(folder / "ctp.nii.gz")
         assert ctp.shape == (*SHAPE, 15) and nib.aff2axcodes(ctp.affine) == ("R", "A", "S")
         assert ctp.header.get_zooms()[:3] == SPACING_MM and ctp.header["sform_code"] > 0
-        for what in ("dwi", "adc", "mask", "lesion"):
+        for what in ("dwi", "adc", "mask", "lesion", "cbf", "mtt", "delay"):
             image = nib.load(folder / f"{what}.nii.gz")
             assert image.shape == SHAPE
             np.testing.assert_array_equal(image.affine, ctp.affine)
@@ -124,7 +124,7 @@ def test_curves_are_those_of_the_maps(cohort):
     """The CTP, averaged over thousands of voxels, is HU at rest + enhancement of the written maps: nothing else."""
     row = records(cohort / "truth.csv")[0]
     scans, labels = images(cohort, row["case"])
-    maps = [nifti.load(cohort / "maps" / row["case"] / f"{what}.nii.gz").data for what in ("cbf", "mtt", "delay")]
+    maps = [nifti.load(cohort / "raw" / row["case"] / f"{what}.nii.gz").data for what in ("cbf", "mtt", "delay")]
     part = (scans["mask"] > 0) & (labels == 0)
     expected = make_phantom.enhancement(*(m[part] for m in maps), np.arange(15) * 3.0,
                                         float(row["arrival_s"]), float(row["width_s"]))  # fmt: skip
@@ -136,7 +136,7 @@ def test_curves_are_those_of_the_maps(cohort):
 def test_penumbra_is_told_from_the_core_by_the_curves_alone(cohort):
     """What the networks are to learn is in the CTP: flow separates core and penumbra."""
     for row in records(cohort / "truth.csv")[:5]:
-        cbf, delay = (nifti.load(cohort / "maps" / row["case"] / f"{w}.nii.gz").data for w in ("cbf", "delay"))
+        cbf, delay = (nifti.load(cohort / "raw" / row["case"] / f"{w}.nii.gz").data for w in ("cbf", "delay"))
         _, labels = images(cohort, row["case"])
         assert delay[labels > 0].min() > 5.9 and delay[labels == 0].max() <= 1.0
         assert np.median(cbf[labels == 1]) < 0.35 * np.median(cbf[labels == 2])

@@ -66,7 +66,7 @@ def test_real_lesions_are_hypoperfused_dark_in_adc_and_of_many_sizes(strokes):
     for case in cases:
         lesion, mask = case.volume("lesion") > 0, case.volume("mask") > 0
         ctp, adc = case.volume("ctp"), case.volume("adc")
-        cbf, delay = (nifti.load(strokes / "maps" / case.name / f"{what}.nii.gz").data for what in ("cbf", "delay"))
+        cbf, delay = (nifti.load(strokes / "raw" / case.name / f"{what}.nii.gz").data for what in ("cbf", "delay"))
         parts = lesion, mask & ~lesion & (delay < 2)  # core, and what is neither core nor penumbra
         flow = [cbf[part].mean() for part in parts]
         assert flow[0] < 0.2 * flow[1] and np.median(adc[lesion]) < 600 < np.median(adc[parts[1]]), case.name

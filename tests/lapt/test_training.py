@@ -517,7 +517,7 @@ def test_a_model_of_v_is_trained_sampled_and_followed(prepared, runs, tmp_path):
         again(stage, prepared, runs, tmp_path, "--max_steps", 1, *more)
         model = load_model(tmp_path / stage, RT)
         assert model.schedule.prediction == "v"
-    c, z_T = torch.zeros(1, model.time_points, 8, 8), torch.randn(1, 3, 8, 8)
+    c, z_T = torch.zeros(1, model.ctp_channels, 8, 8), torch.randn(1, 3, 8, 8)
     with torch.no_grad():  # one step of DDIM from the last timestep is the one-step estimate
         v, last = model.denoiser(c)(z_T, torch.tensor([999])), model.schedule.alphas_bar[999]
     assert torch.allclose(model.sample(c, z_T, 1), (last.sqrt() * z_T - (1 - last).sqrt() * v).float(), atol=1e-5)
