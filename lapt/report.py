@@ -33,8 +33,8 @@ def page(report: dict, figures: Iterable[Path]) -> str:
         f"<p>{escape(report['note'])}</p>" if report["note"] else "",
     ]  # fmt: skip
     for title, by_method in (("Images", report["images"]), ("Segmentation", report["segmentation"])):
-        rows = {f"{m}, {name}": values for m, named in by_method.items() for name, values in named.items()}
-        parts += [f"<h2>{title}</h2>", columns(rows)]
+        methods = {f"{m}, {name}": values for m, named in by_method.items() for name, values in named.items()}
+        parts += [f"<h2>{title}</h2>", measures(methods)]
     for title, named in report.get("synthetic_minus_baseline", {}).items():
         parts += [f"<h2>Synthetic minus baseline: {escape(title)}</h2>", *map(differences, named, named.values())]
     if sizes := {m: rows for m, rows in report["lesion_sizes"].items() if rows}:
@@ -56,12 +56,12 @@ def page(report: dict, figures: Iterable[Path]) -> str:
     return f'<!doctype html>\n<html lang="en">{head}\n{body}\n</html>\n'
 
 
-def columns(rows: dict[str, dict]) -> str:
-    """One table row per method: {row: {column: metrics.summary or None}}; columns without any value are left out."""
-    names = [name for name in dict.fromkeys(n for values in rows.values() for n in values)
-             if any(values[name] for values in rows.values())]  # fmt: skip
-    body = [[row, *(with_interval(values[name], "mean") for name in names)] for row, values in rows.items()]
-    return table(["", *names], body)
+def measures(methods: dict[str, dict]) -> str:
+    """One table row per measure, of {method: {measure: metrics.summary or None}}; without those that have no value."""
+    names = dict.fromkeys(name for values in methods.values() for name in values)
+    body = [[name, *(with_interval(values[name], "mean") for values in methods.values())]
+            for name in names if any(values[name] for values in methods.values())]  # fmt: skip
+    return table(["", *methods], body)
 
 
 def differences(name: str, tests: dict) -> str:

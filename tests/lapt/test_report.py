@@ -66,12 +66,12 @@ def test_every_table_holds_the_numbers_of_the_report(found):
     for method in ("synthetic", "baseline"):
         known = found["images"][method]["adc"]["lesion_mae"]
         low, high = known["ci95"]
-        assert at[f"{method}, adc"]["lesion_mae"] == f"{known['mean']:.4g} [{low:.4g}, {high:.4g}]"
+        assert at["lesion_mae"][f"{method}, adc"] == f"{known['mean']:.4g} [{low:.4g}, {high:.4g}]"
     known = found["synthetic_minus_baseline"]["images"]["adc"]["lesion_mae"]
     rows = next(t for t in page.tables if t[0][0] == "adc")
     (row,) = [row for row in rows if row[0] == "lesion_mae"]
     assert row[1].startswith(f"{known['mean_difference']:.4g} [") and row[3:] == ["1", str(known["n_patients"])]
-    lesions = next(t for t in page.tables if t[0][:2] == ["synthetic", "size"] or t[0][0] == "synthetic")
+    lesions = next(t for t in page.tables if t[0][:2] == ["synthetic", "lesions"])
     assert [row[0] for row in lesions[1:]] == [line["size"] for line in found["lesion_sizes"]["synthetic"]]
     realism = next(t for t in page.tables if t[0][0] == "slices against real")
     assert realism[1][1] == f"{found['realism'][realism[1][0]]['fid']:.4g}"
@@ -91,4 +91,4 @@ def test_what_was_not_measured_is_left_out_or_a_dash():
     assert report.number(None) == "–" and report.with_interval(None, "mean") == "–"
     assert report.with_interval({"mean": 2.0, "ci95": [None, None]}, "mean") == "2"
     rows = {"a": {"x": None, "y": {"mean": 1.5, "ci95": [1, 2]}}, "b": {"x": None, "y": None}}
-    assert Reader(report.columns(rows)).tables == [[["", "y"], ["a", "1.5 [1, 2]"], ["b", "–"]]]
+    assert Reader(report.measures(rows)).tables == [[["", "a", "b"], ["y", "1.5 [1, 2]", "–"]]]
