@@ -54,6 +54,8 @@ class Options(CommonOptions):
     guide_steps: int = option(400, "steps of the segmentation guide")
     ldm3d_steps: int = option(500, "steps of the volume LDM")
     extra_steps_3d: int = option(100, "steps of each volume arm")
+    maps: tuple[str, ...] = option((), "true perfusion maps that the networks see after the CTP: cbf, mtt, delay")
+    maps_only: bool = option(False, "maps instead of the CTP")
     # What a short training of the LDM needs (README). Brain tissue fills this CTP window; of the original, 0 to 200 HU,
     # it is a tenth. And v: an error of the noise predicted at the last step counts 84 times in the estimate of z_0.
     ctp_window: tuple[float, float] = option((20.0, 50.0), "window of the CTP", unit="HU")
@@ -113,10 +115,11 @@ def make_cohort(options: Options) -> Path:
     root = cohort(options)
     if not (root / "phantom.json").is_file():
         run_script(options, "make_phantom.py", "--out", root, "--overwrite", "--shape", *options.shape, "--n_cases",
-                   options.n_cases, "--seed", options.seed)  # fmt: skip
+                   options.n_cases, "--seed", options.seed, *["--maps"] * bool(options.maps))  # fmt: skip
     if not (root / "statistics.json").is_file():
+        maps = ["--maps", *options.maps] * bool(options.maps) + ["--maps_only"] * options.maps_only
         run_script(options, "preprocessing.py", "--input_dir", root / "raw", "--output_dir", root, "--overwrite",
-                   "--val_size", 0.1, "--test_size", 0.25)  # fmt: skip
+                   "--val_size", 0.1, "--test_size", 0.25, *maps)  # fmt: skip
     return root
 
 
@@ -473,7 +476,9 @@ def draw(options: Options, folders: dict[str, Path], results: dict, rt) -> None:
             figures.montage(out / f"{case.name}_{modality}.png", pictures, difference_to="real", planes=("axial",),
                             spacing_mm=case.spacing_mm, voxel=(0, 0, z), unit=unit,
                             title=f"{case.name}, {modality.upper()}, lesion {case.lesion_ml:.0f} ml")  # fmt: skip
-        ctp = case.volume("ctp") * mask
+        if not case.time_points:
+            continue
+        ctp = case.volume("ctp")[: case.time_points] * mask
         frames = {f"frame {t}": ctp[t] for t in np.linspace(0, len(ctp) - 1, 6).round().astype(int)}
         figures.montage(out / f"{case.name}_ctp.png", frames, planes=("axial",), voxel=(0, 0, z), window=(0, 80),
                         spacing_mm=case.spacing_mm, unit="HU", title=f"{case.name}, CT perfusion")  # fmt: skip
