@@ -238,9 +238,8 @@ def check(options: Options) -> None:
         raise UserError(f"--spacing_mm {options.spacing_mm}, --shape {options.shape}: 0 or more")
     raw.check_spacing(options.spacing_mm)
     raw.check_maps(options.maps)
-    if options.maps_only and (not options.maps or options.time_points or options.resample_time or options.make_masks):
-        raise UserError("--maps_only needs --maps, and masks of the cases; without a CTP there are no --time_points, "
-                        "--resample_time and --make_masks")  # fmt: skip
+    if options.maps_only and (not options.maps or options.time_points or options.resample_time):
+        raise UserError("--maps_only needs --maps; without a CTP there are no --time_points and --resample_time")
     if not -math.inf < options.ctp_window[0] < options.ctp_window[1] < math.inf:
         raise UserError(f"--ctp_window {options.ctp_window}: the lower value first, both finite")
     if options.splits and options.one_split:

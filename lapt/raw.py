@@ -67,6 +67,10 @@ class Rules:
     maps: tuple[str, ...] = ()
     maps_only: bool = False
 
+    def __post_init__(self):
+        if self.maps_only and self.make_masks:
+            raise UserError("--make_masks makes brain masks from a CTP, which maps alone have not: give the masks")
+
 
 @dataclass
 class Study:

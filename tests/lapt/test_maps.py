@@ -113,7 +113,7 @@ def test_bad_maps(raw_cases, tmp_path, capsys):
         (("--maps", "cbf", "cbf"), "'cbf' must be the name of a further image, once"),
         (("--maps", "tmax", "cbf"), "3 of 3 cases cannot be used"),
         (("--maps_only",), "--maps_only needs --maps"),
-        (("--maps_only", "--maps", "cbf", "--make_masks"), "without a CTP there are no"),
+        (("--maps_only", "--maps", "cbf", "--make_masks"), "makes brain masks from a CTP, which maps alone have not"),
         (("--maps_only", "--maps", "cbf", "--time_points", 15), "without a CTP there are no"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
@@ -199,6 +199,8 @@ def test_maps_alone(cohort, raw_cases, tmp_path):
     run_main(sample, *common, tmp_path / "prepared", "--dataroot", tmp_path / "data", "--split", "train")
     made = [nifti.load(tmp_path / out / case.name / "dwi_sample_0.nii.gz").data for out in ("raw", "prepared")]
     np.testing.assert_array_equal(*made)
+    with pytest.raises(UserError, match="makes brain masks from a CTP"):
+        run_main(sample, *common, tmp_path / "x", *files[2:], "--make_masks")
     with pytest.raises(UserError, match="this model takes --maps CBF DELAY"):
         run_main(sample, *common, tmp_path / "x", "--ctp", folder / "cbf.nii.gz", *files)
     with pytest.raises(UserError, match="no cbf in .*case"):
