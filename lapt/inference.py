@@ -91,28 +91,24 @@ class Samples:
 
 def read_study(source: raw.Source, rules: raw.Rules) -> Study:
     """CTP, maps and brain mask of a raw case, checked; UserError names the file and the remedy."""
-    files = {what: source.files[what] for what in (*_needed(rules), "mask") if what in source.files}
+    files = {what: source.files[what] for what in (*rules.inputs, "mask") if what in source.files}
     study = raw.read(replace(source, files=files), rules)
-    first = files[_needed(rules)[0]]
+    first = files[rules.inputs[0]]
     axes = nib.aff2axcodes(nib.load(first).affine)
     used = {"time_points": 0 if rules.maps_only else raw.frames(first), "mask_made": "mask" not in files}
     inputs = _fingerprint(**files) | used
     return Study(source.name, study.ctp, study.mask, study.affine, axes, inputs, study.maps)
 
 
-def _needed(rules: raw.Rules) -> tuple[str, ...]:
-    """Images of which the network's input is made."""
-    return rules.maps if rules.maps_only else ("ctp", *rules.maps)
-
-
 def raw_studies(sources: list[raw.Source], rules: raw.Rules) -> list[tuple[str, Callable[[], Study]]]:
     """(name, loader) of raw cases; UserError where a file is missing."""
     for source in sources:
-        for what in (*_needed(rules), "mask"):
-            if (what not in source.files and not (what == "mask" and rules.make_masks)
-                    or what in source.files and not source.files[what].is_file()):  # fmt: skip
-                where = source.files.get(what, f"{source.name}/{what}.nii.gz")
-                images = " and ".join(("CTP" if name == "ctp" else name) for name in _needed(rules))
+        for what in (*rules.inputs, "mask"):
+            path = source.files.get(what)
+            to_be_made = path is None and what == "mask" and rules.make_masks
+            if not to_be_made and (path is None or not path.is_file()):
+                where = path or f"{source.name}/{what}.nii.gz"
+                images = " and ".join("CTP" if name == "ctp" else name for name in rules.inputs)
                 raise UserError(f"{source.name}: no {what} at {where}; sampling needs {images} and a brain mask")
     return [(source.name, partial(read_study, source, rules)) for source in sources]
 

@@ -215,14 +215,6 @@ def finish(folder: Path, split, ctp_window=None) -> dict:
     return statistics
 
 
-def write_report(path: Path, bad: list[tuple[str, str]]) -> None:
-    import csv
-
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerows([("case", "problem"), *bad])
-
-
 # ---- command --------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +257,7 @@ def make_split(options: Options, folder: Path):
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     check(options)
+    from common import tables
     from lapt import data_split, raw
 
     # ---- read, check and write beside the final place, so that nothing half-made is left
@@ -284,7 +277,7 @@ def main() -> None:
         report(bad, len(sources), options)
         statistics = finish(partial_folder, split := make_split(options, partial_folder), options.ctp_window)
         if bad:
-            write_report(partial_folder / "report.csv", bad)
+            tables.write_csv(partial_folder / "report.csv", [{"case": c, "problem": text} for c, text in bad])
 
         # ---- into place
         for name in OURS:

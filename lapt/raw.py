@@ -71,6 +71,11 @@ class Rules:
         if self.maps_only and self.make_masks:
             raise UserError("--make_masks makes brain masks from a CTP, which maps alone have not: give the masks")
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Images of which the network's input is made; the first one sets the grid."""
+        return self.maps if self.maps_only else ("ctp", *self.maps)
+
 
 @dataclass
 class Study:
@@ -186,9 +191,9 @@ def frame_seconds(path: Path) -> float:
 
 def read(source: Source, rules: Rules) -> Study:
     """The images of a case, checked and on one grid. UserError says what is wrong with which file, and what to do."""
-    first = rules.maps[0] if rules.maps_only else "ctp"
+    first = rules.inputs[0]
     where = Path(source.files[first]).parent if first in source.files else source.name
-    needed = ["ctp"] * (not rules.maps_only) + [*rules.maps] + ["mask"] * (not rules.make_masks)
+    needed = [*rules.inputs] + ["mask"] * (not rules.make_masks)
     needed += ["dwi", "adc"] if {"dwi", "adc", "lesion"} & set(source.files) else []
     missing = [what for what in needed if what not in source.files]
     if missing:
@@ -196,12 +201,14 @@ def read(source: Source, rules: Rules) -> Study:
         raise UserError(f"no {', '.join(missing)} in {where}; add {missing[0]}.nii.gz (CT alone: no DWI, ADC and "
                         f"lesion){hint}")  # fmt: skip
 
-    ctp = nifti.load(source.files[first], series=True)
+    ctp = nifti.load(source.files[first], series=not rules.maps_only)
     if ctp.data.ndim == 3:
         ctp = replace(ctp, data=ctp.data[None])
     grid = nifti.Volume(ctp.data[0], ctp.affine, ctp.path)
     channels = [] if rules.maps_only else [*fit_time(ctp.data, ctp.path, rules)]
-    loaded = {what: nifti.load(path) for what, path in source.files.items() if what in (*IMAGES[1:], *rules.maps)}
+    others = {*IMAGES[1:], *rules.maps} - {first}
+    loaded = {what: nifti.load(path) for what, path in source.files.items() if what in others}
+    loaded |= {first: grid} if rules.maps_only else {}
     loaded = {what: on_grid(volume, grid, rules, soft=what in ("mask", "lesion")) for what, volume in loaded.items()}
     if "mask" not in loaded:
         loaded["mask"] = replace(grid, data=mask_from_ct(ctp, np.array(grid.spacing_mm)).astype(np.float32))
@@ -425,9 +432,8 @@ def record(source: Source, study: Study, rules: Rules) -> dict:
     """What case.json says about a case; UserError if no slice has enough brain."""
     slices = retained_slices(study, rules.min_brain_mm2)
     if not slices:
-        first = source.files[study.maps[0] if not study.time_points else "ctp"]
-        raise UserError(f"no slice has {rules.min_brain_mm2:g} mm^2 of brain with signal, {first}; check the mask, or "
-                        "lower --min_brain_mm2")  # fmt: skip
+        raise UserError(f"no slice has {rules.min_brain_mm2:g} mm^2 of brain with signal, "
+                        f"{source.files[rules.inputs[0]]}; check the mask, or lower --min_brain_mm2")  # fmt: skip
     voxel_ml = float(np.prod(study.spacing_mm)) / 1000
     has_mri = study.dwi is not None
     images = {name: getattr(study, name) for name in ("dwi", "adc")} if has_mri else {}

@@ -225,5 +225,3 @@ def load_inception(variant: str, path: str | Path) -> tuple[InceptionV3, dict]:
     # Both publishers put the first eight digits of the file's SHA-256 into its name.
     standard = sha256.startswith(Path(FILES[variant]).stem.split("-")[-1])
     return network.eval().requires_grad_(False), {"file": path.name, "sha256": sha256, "published_file": standard}
-
-
