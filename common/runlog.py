@@ -178,6 +178,19 @@ def git_revision():
         return None
 
 
+def environment(rt):
+    """Hardware, threads, precision and versions, beside which a time means something."""
+    info = Path("/proc/cpuinfo")  # Linux; elsewhere the name that Python knows
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else None
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return {"device": str(rt.device), "gpu": gpu, "cpu": cpu,
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+            "precision": str(rt.autocast_dtype or torch.float32).removeprefix("torch."), "torch": torch.__version__,
+            "python": platform.python_version(), "platform": platform.platform()}  # fmt: skip
+
+
 def progress(total, initial, description, enabled=True):
     """Progress bar with rate and time left; `total` 0 or None means no end. Rare lines where stderr is a file."""
     return tqdm(total=total or None, initial=initial, desc=description, disable=not enabled, dynamic_ncols=True,

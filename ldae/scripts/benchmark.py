@@ -39,7 +39,7 @@ def benchmark(options: BenchmarkOptions, rt) -> dict:
     """Measure, write OUT and print the table; returns what OUT holds."""
     import torch
 
-    from common.runlog import git_revision, write_json
+    from common.runlog import environment, git_revision, write_json
 
     out = Path(options.out)
     if out.exists() and not options.overwrite:
@@ -306,23 +306,6 @@ def note_peak(memory: dict, phase: str, held: int, rt) -> None:
         extra = (torch.cuda.max_memory_allocated(rt.device) - held) / 2**30
         measured = memory.setdefault("measured_gib", {})
         measured[phase] = max(measured.get(phase, 0.0), extra)
-
-
-def environment(rt) -> dict:
-    """Hardware, threads, precision and versions."""
-    import os
-    import platform
-
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else []  # fmt: skip
-    gpu = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else None
-    return {"device": str(rt.device), "gpu": gpu, "cpu": names[0] if names else platform.machine(),
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
-            "precision": str(rt.autocast_dtype or torch.float32).removeprefix("torch."), "torch": torch.__version__,
-            "python": platform.python_version(), "platform": platform.platform()}  # fmt: skip
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@
 
 import importlib
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -56,24 +54,11 @@ def in_child(options, paper, name):
     return {"failed": f"exit status {done.returncode}: {last}"}
 
 
-def cpu_name():
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def environment(options):
-    import torch
-
     from common import runlog, runtime
 
     with runtime.start(options.device, options.precision, options.seed) as rt:
-        gpu = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else None
-        return {"device": str(rt.device), "gpu": gpu, "cpu": cpu_name(),
-                "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                "precision": str(rt.autocast_dtype or torch.float32).removeprefix("torch."),
-                "load": os.getloadavg()[0], "commit": runlog.git_revision()}
+        return runlog.environment(rt) | {"commit": runlog.git_revision()}
 
 
 def main():
